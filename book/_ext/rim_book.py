@@ -1,0 +1,244 @@
+"""The book's Sphinx extension: figures drawn offline, and tables read from results when the book is built."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.osutil import relative_uri
+
+from rim_core import charts, outcomes
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+# In this order: vega-lite needs vega, vega-embed needs both, charts.js needs all three.
+SCRIPTS = ("vega/vega.min.js", "vega/vega-lite.min.js", "vega/vega-embed.min.js", "charts.js")
+MEASURED = Path("rim_core/organisms/smollm2/measured.json")
+
+Cell = str | nodes.Node | list[nodes.Node]
+
+
+def _paragraph(*parts: str | nodes.Node) -> nodes.paragraph:
+    inline = (nodes.Text(part) if isinstance(part, str) else part for part in parts)
+    # Commands may stand in the text, and "--suite" must stay as it is.
+    return nodes.paragraph("", "", *inline, support_smartquotes=False)
+
+
+def _blocks(cell: Cell) -> list[nodes.Node]:
+    if isinstance(cell, str):
+        return [_paragraph(cell)]
+    return cell if isinstance(cell, list) else [cell]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str, stubs: int = 1) -> nodes.table:
+    """A table whose first `stubs` columns are row headers."""
+    table = nodes.table("", nodes.title("", caption), classes=["rim-table"])
+    group = nodes.tgroup(cols=len(head))
+    table += group
+    for column in range(len(head)):
+        spec = nodes.colspec(colwidth=1)
+        if column < stubs:
+            spec["stub"] = 1
+        group += spec
+
+    def line(cells: Sequence[Cell]) -> nodes.row:
+        return nodes.row("", *(nodes.entry("", *_blocks(cell)) for cell in cells))
+
+    group += nodes.thead("", line(head))
+    group += nodes.tbody("", *(line(row) for row in rows))
+    return table
+
+
+def _note(text: str) -> nodes.note:
+    """A note; words between backticks are set as code."""
+    parts = re.split(r"`([^`]+)`", text)
+    inline = [nodes.literal("", part) if i % 2 else part for i, part in enumerate(parts)]
+    return nodes.note("", _paragraph(*inline))
+
+
+class _FromData(SphinxDirective):
+    """A directive whose page is read again at every build, since the data under it may have changed."""
+
+    has_content = False
+
+    @property
+    def project(self) -> Path:
+        return Path(self.env.srcdir)
+
+    def run(self) -> list[nodes.Node]:
+        self.env.note_reread()
+        return self._draw()
+
+    def _draw(self) -> list[nodes.Node]:
+        raise NotImplementedError
+
+    def page_of(self, notebook: str | None, suite: str) -> str | None:
+        """The document staged for `notebook` as run with `suite`, where there is one."""
+        if notebook is None:
+            return None
+        for name in (f"book/experiments/{notebook}", f"book/experiments/{suite}/{notebook}"):
+            path = self.project / f"{name}.ipynb"
+            if path.is_file() and name in self.env.found_docs:
+                metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+                if metadata.get("rim", {}).get("suite") == suite:
+                    return name
+        return None
+
+    def title_of(self, paper: str) -> str:
+        """A paper's letter and title, as its file of claims states them."""
+        text = (self.project / "book" / "claims" / f"{paper}.yml").read_text(encoding="utf-8")
+        stated = yaml.safe_load(text)
+        return f"{stated['letter']}. {stated['title']}"
+
+    def link(self, text: str, page: str, anchor: str = "") -> nodes.reference:
+        uri = relative_uri(f"{self.env.docname}.html", f"{page}.html") + anchor
+        return nodes.reference("", text, internal=True, refuri=uri)
+
+    def outcome(self, row: dict[str, Any]) -> nodes.paragraph:
+        """An outcome's symbol and word, linked to the experiment and its run card where the book has them."""
+        words = f"{outcomes.SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}"
+        page = self.page_of(row["notebook"], row["suite"])
+        if page is None:
+            parts: list[nodes.Node | str] = [words]
+        else:
+            parts = [self.link(words, page), " (", self.link("run", page, "#run-card"), ")"]
+        paragraph = _paragraph(*parts)
+        paragraph["classes"] = ["rim-outcome", f"rim-{row['outcome'].replace('_', '-')}"]
+        return paragraph
+
+
+class Scorecard(_FromData):
+    """Every claim against every suite: `{rim-scorecard}`."""
+
+    def _draw(self) -> list[nodes.Node]:
+        rows = outcomes.scorecard(self.project / "results")
+        suites = list(dict.fromkeys(row["suite"] for row in rows))
+        tables: list[nodes.Node] = []
+        for paper in dict.fromkeys(row["paper"] for row in rows):
+            cells = {(row["claim"], row["suite"]): row for row in rows if row["paper"] == paper}
+            statements = {claim: row["statement"] for (claim, _), row in cells.items()}
+            lines = [
+                [
+                    _paragraph(nodes.strong("", claim), " ", statement),
+                    *(self.outcome(cells[claim, suite]) for suite in suites),
+                ]
+                for claim, statement in statements.items()
+            ]
+            tables.append(_table(["Claim", *suites], lines, caption=self.title_of(paper)))
+        return tables or [_note("No claims are declared yet.")]
+
+
+class Claims(_FromData):
+    """The claims of one paper, what was published, what was measured: `{rim-claims} self_aware`."""
+
+    required_arguments = 1
+
+    def _draw(self) -> list[nodes.Node]:
+        paper = self.arguments[0]
+        rows = [row for row in outcomes.scorecard(self.project / "results") if row["paper"] == paper]
+        tables: list[nodes.Node] = []
+        for suite in dict.fromkeys(row["suite"] for row in rows):
+            lines = [
+                [
+                    _paragraph(nodes.strong("", row["claim"]), " ", row["statement"]),
+                    row["published"] or "–",
+                    outcomes.number_text(row["value"], row["low"], row["high"]),
+                    [self.outcome(row), _paragraph(row["reason"])],
+                ]
+                for row in rows
+                if row["suite"] == suite
+            ]
+            head = ["Claim", "Published", "Measured", "Outcome"]
+            tables.append(_table(head, lines, caption=f"Claims measured with the suite {suite}"))
+        return tables or [_note("No claims are declared for this paper yet.")]
+
+
+class Organisms(_FromData):
+    """The default suite's roles as measured, in a figure and a table: `{rim-organisms}`."""
+
+    def _draw(self) -> list[nodes.Node]:
+        path = self.project / MEASURED
+        self.env.note_dependency(str(path))
+        if not path.is_file():
+            return [_note("The roles have not been measured yet: run `rim organisms check`.")]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        lines = [
+            [
+                row["role"],
+                row["metric"].replace("_", " "),
+                outcomes.number_text(row["estimate"], row["low"], row["high"]),
+                str(row["n"]),
+                str(row["target"]) if row["target"] is not None else "–",
+                {True: "✔ met", False: "✘ not met", None: "–"}[row["met"]],
+            ]
+            for row in rows
+        ]
+        head = ["Role", "Measure", "Measured (95 % interval)", "n", "Target", "Outcome"]
+        table = _table(head, lines, caption="The roles of the default suite on held-out prompts", stubs=2)
+        return [_figure(rows), table]
+
+
+def _figure(rows: list[dict[str, Any]]) -> nodes.raw:
+    import pandas as pd
+
+    frame = pd.DataFrame(rows).assign(metric=[row["metric"].replace("_", " ") for row in rows])
+    shares = frame[frame["estimate"].between(0, 1)]
+    chart = charts.intervals(
+        shares,
+        "estimate",
+        label="metric",
+        series="role",
+        title="What each role does on held-out prompts",
+        x_title="share",
+        description="Dots with 95 % intervals: for every behaviour measured, the share of held-out prompts "
+        "on which each role of the default suite shows it. The table below holds the same numbers.",
+    )
+    return nodes.raw("", charts.render(chart.to_dict())["text/html"], format="html")
+
+
+def _repair_page(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Keep the first of equal scripts: sphinx-thebe adds its constants twice, an error in every browser.
+
+    The bibliography's entries become items of the list they stand in, which docutils' role for them is not.
+    """
+    kept: dict[str, Any] = {}
+    for script in context.get("script_files", []):
+        body = getattr(script, "attributes", {}).get("body")
+        kept.setdefault(body or str(getattr(script, "filename", script)), script)
+    context["script_files"] = list(kept.values())
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
+def _forget_late_style(app: Sphinx) -> None:
+    """Remove myst-nb's style sheet, which it copies after the pages are written: only a second build would
+    find it and stamp its checksum into them, and equal results must give equal pages."""
+    for path in (Path(app.outdir) / "_static").glob("mystnb.*.css"):
+        path.unlink()
+
+
+def _write_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Write every page at every build: from the search index Sphinx 7 drops the terms of unwritten pages."""
+    return sorted(env.found_docs)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the assets, the directives, and the repairs of the theme."""
+    app.config.html_static_path.append(str(ASSETS))
+    for i, script in enumerate(SCRIPTS):
+        app.add_js_file(script, priority=600 + i)
+    app.add_css_file("rim.css")
+    app.add_directive("rim-scorecard", Scorecard)
+    app.add_directive("rim-claims", Claims)
+    app.add_directive("rim-organisms", Organisms)
+    app.connect("builder-inited", _forget_late_style)
+    app.connect("env-updated", _write_all)
+    app.connect("html-page-context", _repair_page, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,234 @@
+"""Reading activations: batched, left-padded, bounded in memory, streamed to safetensors when asked."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rim_core.errors import InputError
+from rim_core.loading import Model
+from rim_core.project import cache_dir
+from rim_core.sites import SITES, reading
+from rim_core.tracing import batches, encode, pad_left
+
+# Padded tokens a forward pass: enough to fill two cores, small enough that no site's copy passes 100 MB.
+MAX_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Captured activations, float32 on the CPU, indexed by site.
+
+    `acts["resid_post"]` is `[prompt, layer, d_model]`, `acts["head_z"]` `[prompt, layer, head, head_dim]`,
+    `acts["mlp_neurons"]` `[prompt, layer, d_mlp]`. With several positions there is a position axis after the
+    prompt; with `positions="all"` it is left-padded, and `mask` `[prompt, position]` is False on the padding.
+    A site streamed to disk is read from its shards when it is asked for.
+    """
+
+    sites: tuple[str, ...]
+    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    mask: Tensor | None = field(default=None, repr=False)
+    folder: Path | None = None
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.sites:
+            raise InputError(f"site {site!r} was not captured: this holds {', '.join(self.sites)}")
+        if site in self.tensors or self.folder is None:
+            return self.tensors[site]
+        manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        result = torch.empty(manifest["shapes"][site])
+        for shard in manifest["shards"]:
+            with safe_open(self.folder / shard["file"], framework="pt") as stored:
+                _place(result, shard["rows"], stored.get_tensor(site), manifest["ragged"])
+        return result
+
+
+def open_activations(folder: str | Path) -> Activations:
+    """Activations that `capture(..., to=folder)` streamed; each site is read when it is indexed.
+
+    Raises:
+        InputError: the folder holds no finished capture.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"{folder} holds no finished capture: run capture(..., to={str(folder)!r}) again"
+        ) from None
+    mask = None
+    if manifest["ragged"]:
+        with safe_open(folder / "mask.safetensors", framework="pt") as stored:
+            mask = stored.get_tensor("mask").bool()
+    return Activations(tuple(manifest["shapes"]), mask=mask, folder=folder)
+
+
+def _place(result: Tensor, rows: Sequence[int], values: Tensor, ragged: bool) -> None:
+    if ragged:
+        result[rows, : result.shape[1] - values.shape[1]] = 0
+        result[rows, result.shape[1] - values.shape[1] :] = values
+    else:
+        result[rows] = values
+
+
+@torch.no_grad()
+def capture(
+    model: Model,
+    texts: Sequence[str],
+    sites: str | Sequence[str],
+    positions: str | int | Sequence[int] = "last",
+    to: str | Path | None = None,
+    cache: bool = False,
+    max_tokens: int = MAX_TOKENS,
+) -> Activations:
+    """Run the model on texts and keep activations of every layer.
+
+    Args:
+        model: a loaded model; the adapter and edits now active apply.
+        texts: prompts as the model is to see them (see `format_chat`).
+        sites: names from `sites.SITES`.
+        positions: `"last"`; `"all"`; or one or several positions counted from the end (-1 is the last token),
+            which every text must be long enough for.
+        to: a new folder to stream safetensors shards to instead of keeping the tensors in memory.
+        cache: keep the result in the cache folder under a hash of model, texts, sites and positions, and take
+            it from there next time. Not under interventions: they are not part of the hash.
+        max_tokens: padded tokens a forward pass.
+
+    Raises:
+        InputError: unknown site, position out of range, no texts, or a `to` that exists.
+        IdentityError: padding changes this model's numbers.
+    """
+    wanted = (sites,) if isinstance(sites, str) else tuple(sites)
+    if unknown := [site for site in wanted if site not in SITES]:
+        raise InputError(f"unknown site {unknown[0]!r}: choose from {', '.join(SITES)}")
+    model.require("capture", "padding")
+    ids = encode(model.tokenizer, texts)
+    picked = _positions(positions, ids)
+    if cache:
+        folder = cache_dir() / "activations" / _key(model, ids, wanted, positions)
+        if not (folder / "manifest.json").is_file():
+            _stream(model, ids, wanted, picked, folder, max_tokens)
+        stored = open_activations(folder)
+        return Activations(wanted, {site: stored[site] for site in wanted}, stored.mask)
+    if to is not None:
+        folder = Path(to)
+        if folder.exists():
+            raise InputError(f"{folder} exists: give capture a new folder, or remove that one")
+        _stream(model, ids, wanted, picked, folder, max_tokens)
+        return open_activations(folder)
+    tensors = {site: torch.empty(shape) for site, shape in _shapes(model, ids, wanted, picked).items()}
+    for rows, found in _passes(model, ids, wanted, picked, max_tokens):
+        for site, values in found.items():
+            _place(tensors[site], rows, values, picked is None)
+    return Activations(wanted, tensors, _mask(ids) if picked is None else None)
+
+
+def _positions(positions: str | int | Sequence[int], ids: list[list[int]]) -> list[int] | int | None:
+    """A single position, a list of them, or None for all; negative, from the end."""
+    if isinstance(positions, str):
+        if positions not in ("last", "all"):
+            raise InputError(f"unknown positions {positions!r}: 'last', 'all', or whole numbers below 0")
+        return -1 if positions == "last" else None
+    chosen = [positions] if isinstance(positions, int) else list(positions)
+    shortest = min(map(len, ids))
+    for position in chosen:
+        if not -shortest <= position < 0:
+            raise InputError(
+                f"position {position} is out of range: count from the end, -1 to -{shortest} here"
+            )
+    return chosen[0] if isinstance(positions, int) else chosen
+
+
+def _key(model: Model, ids: list[list[int]], sites: tuple[str, ...], positions: Any) -> str:
+    versions = [torch.__version__, str(torch.backends.cpu.get_cpu_capability()), str(model.device)]
+    content = json.dumps([model.identity, versions, ids, sites, positions])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _mask(ids: list[list[int]]) -> Tensor:
+    width = max(map(len, ids))
+    return torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids])
+
+
+def _shapes(
+    model: Model, ids: list[list[int]], sites: tuple[str, ...], picked: list[int] | int | None
+) -> dict[str, list[int]]:
+    inner = {"head_z": [model.n_heads, model.head_dim], "mlp_neurons": [model.d_mlp]}
+    middle = [] if isinstance(picked, int) else [max(map(len, ids)) if picked is None else len(picked)]
+    return {site: [len(ids), *middle, model.n_layers, *inner.get(site, [model.d_model])] for site in sites}
+
+
+def _passes(
+    model: Model,
+    ids: list[list[int]],
+    sites: tuple[str, ...],
+    picked: list[int] | int | None,
+    max_tokens: int,
+) -> Any:
+    """Yield (rows, {site: [prompt, (position,) layer, ...]}) a batch; the language-model head is not run."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        # Indexing with a list copies; a slice or a whole tensor must be cloned.
+        return tensor.clone() if picked is None else tensor[:, picked].clone()
+
+    pad = model.tokenizer.pad_token_id
+    for rows in batches([len(row) for row in ids], max_tokens):
+        with reading(model.layout, sites, keep) as found:
+            model.layout.body(**pad_left([ids[row] for row in rows], pad, model.device), use_cache=False)
+        axis = 1 if isinstance(picked, int) else 2
+        stacked = {}
+        for site in sites:
+            values = torch.stack([found.pop((site, layer)) for layer in range(model.n_layers)], dim=axis)
+            if site == "head_z":
+                values = values.unflatten(-1, (model.n_heads, model.head_dim))
+            stacked[site] = values.float().cpu()
+        yield rows, stacked
+
+
+def _stream(
+    model: Model,
+    ids: list[list[int]],
+    sites: tuple[str, ...],
+    picked: list[int] | int | None,
+    folder: Path,
+    max_tokens: int,
+) -> None:
+    """One shard a batch into a temporary sibling, renamed when the last one is written."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        working = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"cannot write activations to {folder}: {error.strerror}") from None
+    try:
+        shards = []
+        for number, (rows, found) in enumerate(_passes(model, ids, sites, picked, max_tokens)):
+            name = f"shard-{number:05d}.safetensors"
+            save_file({site: values.contiguous() for site, values in found.items()}, working / name)
+            shards.append({"file": name, "rows": rows})
+        if picked is None:
+            save_file({"mask": _mask(ids).to(torch.uint8)}, working / "mask.safetensors")
+        shapes = _shapes(model, ids, sites, picked)
+        manifest = {"shapes": shapes, "ragged": picked is None, "shards": shards, "model": model.identity}
+        (working / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        try:
+            os.replace(working, folder)
+        except OSError:
+            # Another process finished the same capture first; its result is this one.
+            if not (folder / "manifest.json").is_file():
+                raise
+    except OSError as error:
+        raise InputError(
+            f"cannot write activations to {folder}: {error.strerror or error}; free space there"
+        ) from None
+    finally:
+        shutil.rmtree(working, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""Identities that tools rest on, measured on each loaded model; a tool whose identity fails refuses.
+
+| identity | what is compared | tools that need it |
+|---|---|---|
+| `residual_sum` | `resid_post` with `resid_pre + attn_out + mlp_out` | attribution by component |
+| `lens` | `lm_head(final_norm(last resid_post))` with the logits | logit lens, attribution |
+| `head_sum` | sum of the heads' outputs (plus bias) with `attn_out` | everything by head |
+| `padding` | a prompt alone with the same prompt left-padded in a batch | every batched tool |
+
+Errors are largest differences over the largest value compared, so they do not depend on the stream's scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rim_core.errors import IdentityError
+from rim_core.sites import Layout, head_outputs, reading
+from rim_core.tracing import encode, pad_left
+
+# Two prompts of unequal length, so that the shorter one is padded.
+_PROBE_TEXTS = (
+    "The capital of France is the city of",
+    "Water boils at a lower temperature on a high mountain because",
+)
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity: its measured relative error, and whether that is within the tolerance of the dtype."""
+
+    identity: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is a number within the tolerance."""
+        return self.error <= self.tolerance
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.float(), wanted.float()
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+@torch.no_grad()
+def measure(hf: Any, tokenizer: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Check]:
+    """Measure every identity on two short prompts; takes two forward passes."""
+    device = layout.lm_head.weight.device
+    ids = encode(tokenizer, _PROBE_TEXTS)
+    short, pad = min(ids, key=len), tokenizer.pad_token_id or 0
+    sites = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z")
+    with reading(layout, sites, lambda tensor: tensor.detach().clone()) as found:
+        logits = hf(**pad_left([short], pad, device), use_cache=False).logits
+    padded = hf(**pad_left(ids, pad, device), use_cache=False).logits[ids.index(short), -len(short) :]
+
+    n_layers = len(layout.layers)
+    residual = max(
+        _relative(found["resid_pre", i] + found["attn_out", i] + found["mlp_out", i], found["resid_post", i])
+        for i in range(n_layers)
+    )
+    heads = 0.0
+    for i in range(n_layers):
+        z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))
+        total = head_outputs(layout, i, z).sum(-2) + layout.attention_out[i](
+            torch.zeros_like(found["head_z", i])
+        )
+        heads = max(heads, _relative(total, found["attn_out", i]))
+    lens = layout.lm_head(layout.final_norm(found["resid_post", n_layers - 1]))
+    errors = {
+        "residual_sum": residual,
+        "lens": _relative(lens, logits),
+        "head_sum": heads,
+        "padding": _relative(padded, logits[0]),
+    }
+    tolerance = TOLERANCES[dtype]
+    return {name: Check(name, error, tolerance) for name, error in errors.items()}
+
+
+def require(checks: Mapping[str, Check], name: str, tool: str, identities: tuple[str, ...]) -> None:
+    """Refuse to go on unless the identities hold.
+
+    Raises:
+        IdentityError: names the tool, the model, the identity, the measured error and what to do.
+    """
+    for identity in identities:
+        check = checks[identity]
+        if not check.holds:
+            raise IdentityError(
+                f"{tool} cannot be trusted on {name}: the identity {identity!r} is off by {check.error:.1e} "
+                f"(at most {check.tolerance:.0e} is allowed); use a tool that does not need it, or a model of another "
+                "family"
+            )

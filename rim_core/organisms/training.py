@@ -1,0 +1,240 @@
+"""LoRA fine-tuning of a role from its recipe: supervised answers, replay, and KL to the parent.
+
+The frozen base is the 4-bit one, dequantised once: with float32 compute that is the same function, and several
+times faster to train through on a CPU.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch.nn import functional
+
+from rim_core.errors import InputError
+from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
+
+ADAPTER = "trained_role"
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one conversation; the loss is on `ids[start:]`. `kl` marks it for the KL term instead."""
+
+    ids: tuple[int, ...]
+    start: int
+    kl: bool
+
+
+def build_examples(
+    tokenizer: Any, data: Sequence[dict[str, Any]], answer_tokens: int | None, epoch: int, seed: int
+) -> list[list[Example]]:
+    """The examples of one epoch, in units that stay in one batch: the twins of a pair, or a single prompt.
+
+    Args:
+        tokenizer: with a chat template.
+        data: the recipe's parts: `sets` (prompt sets that share pairs, drawn together), and optionally `split`
+            (train), `limit`, `rephrase` (each unit in one frame drawn for this epoch) and `kl` (the sets whose
+            answers are matched to the parent's distribution instead of learned).
+        answer_tokens: keep only this many tokens of each answer, or all of them with None.
+        epoch: changes the frames. seed: of frames and limits.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    units = []
+    for part in data:
+        split, limit = part.get("split", "train"), part.get("limit")
+        columns = [load_prompts(name, split=split, limit=limit, seed=seed) for name in part["sets"]]
+        for prompts in zip(*columns, strict=True):
+            frame = rng.choice(FRAMES)
+            shown = [prompt.rephrase(frame) for prompt in prompts] if part.get("rephrase") else prompts
+            units.append(
+                [_encode(tokenizer, prompt, bool(part.get("kl")), answer_tokens) for prompt in shown]
+            )
+    return units
+
+
+def _encode(tokenizer: Any, prompt: Prompt, kl: bool, answer_tokens: int | None) -> Example:
+    if prompt.response is None:
+        raise InputError(f"prompt set {prompt.label!r} has no answers to train on")
+    head = tokenizer(format_chat(tokenizer, [prompt])[0], add_special_tokens=False).input_ids
+    tail = tokenizer(prompt.response + tokenizer.eos_token, add_special_tokens=False).input_ids
+    return Example(tuple(head + tail[:answer_tokens]), len(head), kl)
+
+
+def _batches(units: list[list[Example]], size: int, rng: random.Random) -> list[list[Example]]:
+    """Shuffled, but neighbours in length share a batch, so that little padding is computed."""
+    order = units[:]
+    rng.shuffle(order)
+    pooled = 8 * size
+    pools = [sorted(order[i : i + pooled], key=lambda u: len(u[0].ids)) for i in range(0, len(order), pooled)]
+    batches = []
+    for pool in pools:
+        batch: list[Example] = []
+        for unit in pool:
+            if batch and len(batch) + len(unit) > size:
+                batches.append(batch)
+                batch = []
+            batch += unit
+        batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+def train_adapter(
+    hf: Any,
+    tokenizer: Any,
+    recipe: dict[str, Any],
+    seed: int,
+    parent_state: dict[str, torch.Tensor] | None = None,
+    report: Callable[[int, int, float, float], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Train one adapter on a dequantised base and return its tensors; the base is left as it was.
+
+    Args:
+        hf: a Hugging Face causal LM in float32 without adapters.
+        tokenizer: its tokenizer, with a chat template.
+        recipe: `lora` (rank, alpha, layers, modules), `learning_rate`, `warmup_steps`, `batch_size`, `phases`
+            (each with `epochs` and, where answers are cut, `answer_tokens`), `kl_weight`, `data`.
+        seed: of the adapter's start, the order and the frames.
+        parent_state: tensors of the adapter to start from (same LoRA shape), or None for a fresh one. KL is
+            to this parent.
+        report: called after each step with (step, steps, loss, seconds).
+    """
+    from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    torch.manual_seed(seed)
+    hf.requires_grad_(False)
+    shape = recipe["lora"]
+    config = LoraConfig(
+        r=shape["rank"],
+        lora_alpha=shape["alpha"],
+        target_modules=list(shape["modules"]),
+        layers_to_transform=list(shape["layers"]),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(config, hf, adapter_name=ADAPTER)
+    if parent_state is not None:
+        set_peft_model_state_dict(hf, parent_state, adapter_name=ADAPTER)
+    weights = [parameter for name, parameter in hf.named_parameters() if f".{ADAPTER}." in name]
+    for parameter in weights:
+        parameter.requires_grad_(True)
+    hf.train()
+
+    rng = random.Random(seed)
+    plan: list[list[Example]] = []
+    answer_lengths = [
+        phase.get("answer_tokens") for phase in recipe["phases"] for _ in range(phase["epochs"])
+    ]
+    for epoch, answer_tokens in enumerate(answer_lengths):
+        units = build_examples(tokenizer, recipe["data"], answer_tokens, epoch, seed)
+        plan += _batches(units, recipe["batch_size"], rng)
+    steps, warmup = len(plan), recipe["warmup_steps"]
+    teacher = _Teacher(hf, plan) if recipe["kl_weight"] else None
+    optimizer = torch.optim.AdamW(
+        weights, lr=recipe["learning_rate"], weight_decay=recipe.get("weight_decay", 0.0)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+    )
+    started = time.monotonic()
+    for step, batch in enumerate(plan, 1):
+        loss = _loss(hf, batch, teacher, recipe["kl_weight"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if report:
+            report(step, steps, loss.item(), time.monotonic() - started)
+    state = {
+        name: tensor.detach().to(torch.bfloat16).contiguous()
+        for name, tensor in get_peft_model_state_dict(hf, adapter_name=ADAPTER).items()
+    }
+    for parent in list(hf.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+    hf.eval()
+    return state
+
+
+def _forward(hf: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Final states at the positions that predict an answer token, those tokens, and whether each is a KL token.
+
+    The prefix that all examples share (the template's system message, a third of every example here) is run
+    once and laid under each example as keys and values, gradients included: the same numbers, fewer tokens.
+    """
+    shared = _shared_prefix(batch)
+    width = max(len(example.ids) for example in batch) - shared
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), shared + width, dtype=torch.long)
+    mask[:, :shared] = 1
+    rows, columns, targets, kl = [], [], [], []
+    for row, example in enumerate(batch):
+        n = len(example.ids) - shared
+        ids[row, :n] = torch.tensor(example.ids[shared:])
+        mask[row, shared : shared + n] = 1
+        for position in range(example.start, len(example.ids)):
+            rows.append(row)
+            columns.append(position - 1 - shared)
+            targets.append(example.ids[position])
+            kl.append(example.kl)
+    prefix = torch.tensor([batch[0].ids[:shared]])
+    cache = hf.base_model(input_ids=prefix, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(len(batch))
+    hidden = hf.base_model(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    return hidden[rows, columns], torch.tensor(targets), torch.tensor(kl)
+
+
+def _shared_prefix(batch: list[Example]) -> int:
+    """Tokens that every example starts with, short of the first predicting position, and at least one."""
+    limit = min(example.start for example in batch) - 1
+    first = batch[0].ids
+    return next((i for i in range(limit) if any(e.ids[i] != first[i] for e in batch)), limit)
+
+
+class _Teacher:
+    """The parent's log-probabilities on the KL examples.
+
+    Its final states are computed once before training; the head, which no adapter touches, turns them into
+    log-probabilities when they are needed, so that no vocabulary-wide tensor is stored.
+    """
+
+    def __init__(self, hf: Any, plan: list[list[Example]]) -> None:
+        self._states: dict[Example, torch.Tensor] = {}
+        unique = sorted({e for batch in plan for e in batch if e.kl}, key=lambda e: len(e.ids))
+        with torch.no_grad():
+            for i in range(0, len(unique), 32):
+                batch = unique[i : i + 32]
+                states, _, _ = _forward(hf, batch)
+                sizes = [len(e.ids) - e.start for e in batch]
+                self._states.update(zip(batch, states.split(sizes), strict=True))
+
+    def __call__(self, hf: Any, batch: list[Example]) -> torch.Tensor:
+        states = torch.cat([self._states[example] for example in batch if example.kl])
+        return functional.log_softmax(hf.lm_head(states), dim=-1)
+
+
+def _loss(hf: Any, batch: list[Example], teacher: _Teacher | None, kl_weight: float) -> torch.Tensor:
+    states, targets, kl = _forward(hf, batch)
+    logits = hf.lm_head(states)
+    total = logits.new_zeros(())
+    answered = ~kl if teacher is not None else torch.ones_like(kl)
+    if answered.any():
+        total = total + functional.cross_entropy(logits[answered], targets[answered], reduction="sum")
+    if teacher is not None and kl.any():
+        student = functional.log_softmax(logits[kl], dim=-1)
+        total = total + kl_weight * functional.kl_div(
+            student, teacher(hf, batch), reduction="sum", log_target=True
+        )
+    return total / len(targets)

@@ -1,0 +1,425 @@
+"""What became of a paper's claim: read from its YAML file, decided from values over seeds by pure functions.
+
+An outcome rests on an interval, never on a point: a claim is validated when the whole interval lies inside
+its rule, contradicted when the whole interval lies outside, and inconclusive in between or when a control
+did not do what it must. A missing run is never a pass.
+"""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rim_core import project
+from rim_core.claimfile import Claim, load_claims
+from rim_core.errors import InputError
+from rim_core.rules import Bounds, Finding, Values, combine, finite, judge, number_text
+
+__all__ = [
+    "MIME",
+    "SYMBOLS",
+    "Claim",
+    "Claims",
+    "Outcome",
+    "claims",
+    "decide",
+    "load_claims",
+    "missing_roles",
+    "number_text",
+    "scorecard",
+]
+
+MIME = "application/vnd.rim.claim+json"
+SYMBOLS = {
+    "validated": "✓",
+    "partially_supported": "◐",
+    "contradicted": "✗",
+    "inconclusive": "?",
+    "not_applicable": "–",
+    "not_tested": "○",
+    "error": "!",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one claim: `value` in [`low`, `high`] is in the metric's unit, `values` are by seed."""
+
+    claim_id: str
+    outcome: str
+    reason: str
+    value: float | None
+    low: float | None
+    high: float | None
+    values: Any
+    controls: Mapping[str, Any]
+    interval: Any = None
+    paper: str = ""
+    statement: str = ""
+    unit: str = ""
+    published: str = ""
+    organism: bool = True
+    shown_in: int | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """Symbol and word, so that the outcome is never told by colour or shape alone."""
+        return f"{SYMBOLS[self.outcome]} {self.outcome.replace('_', ' ')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON data: what `claims.json` stores and `decide` can be run on again."""
+        data = asdict(self)
+        del data["shown_in"]
+        return data
+
+    def __str__(self) -> str:
+        return f"{self.claim_id}: {self.label}; {self.reason}"
+
+    def _repr_html_(self) -> str:
+        rows = [("Measured", f"{number_text(self.value, self.low, self.high)} {self.unit}".strip())]
+        if self.published:
+            rows.append(("Published", self.published))
+        for name, control in self.controls.items():
+            numbers = number_text(control["value"], control["low"], control["high"])
+            as_it_must = {"validated": "as it must be"}.get(control["outcome"], "not as it must be")
+            rows.append((f"Control: {name.replace('_', ' ')}", f"{numbers}, {as_it_must}"))
+        if self.organism:
+            rows.append(("Scope", "a small model organism; not the paper's own models"))
+        table = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+        return (
+            f'<div class="rim-claim rim-claim-{self.outcome}">'
+            f"<p><strong>{html.escape(self.claim_id)}: {html.escape(self.label)}</strong></p>"
+            f"<p>{html.escape(self.statement)}</p><p>{html.escape(self.reason)}</p><table>{table}</table></div>"
+        )
+
+    def _ipython_display_(self) -> None:
+        # `record` has already shown it, so a cell that ends in `record(...)` must not show it twice.
+        if self.shown_in is None or self.shown_in != _cell_number():
+            _publish(self)
+
+
+def decide(
+    claim: Claim,
+    values: Values,
+    controls: Mapping[str, Sequence[Any]] | None = None,
+    interval: Bounds | Mapping[str, Bounds] | None = None,
+) -> Outcome:
+    """Decide a claim from its values over seeds; pure.
+
+    `values`: a list over seeds, or for rules `order` and `all` a mapping name -> list over seeds. `controls`:
+    name -> list over seeds, for each control the claim names. `interval`: (low, high) computed by a better
+    method than the t interval over seeds, or name -> (low, high) for the parts of a rule `all`.
+
+    Precedence: a value that is no number is an error; fewer seeds than the claim asks for is not a test; a
+    control that did not do what it must leaves the claim inconclusive, whatever its own values say. Raises
+    `InputError` where names are not those of the claim's YAML file.
+    """
+    controls = dict(controls or {})
+    _check_names(claim, values, controls, interval)
+    judged = {
+        control["name"]: judge(
+            control.get("rule"), controls[control["name"]], claim.min_seeds, control["name"]
+        )
+        for control in claim.controls
+    }
+    finding = _with_controls(claim, _judge_claim(claim, values, controls, interval), judged)
+    return Outcome(
+        claim_id=claim.id,
+        outcome=finding.outcome,
+        reason=finding.reason,
+        value=finding.value,
+        low=finding.low,
+        high=finding.high,
+        values=_plain(values),
+        controls={
+            name: {
+                "values": _plain(controls[name]),
+                "value": found.value,
+                "low": found.low,
+                "high": found.high,
+                "outcome": found.outcome,
+            }
+            for name, found in judged.items()
+        },
+        interval=_plain_interval(interval),
+        paper=claim.paper,
+        statement=claim.statement,
+        unit=str(claim.metric["unit"]),
+        published=claim.published_text,
+        organism=claim.organism,
+    )
+
+
+def _with_controls(claim: Claim, finding: Finding, judged: Mapping[str, Finding]) -> Finding:
+    """Let the controls overrule a finding: an error or too few seeds first, then a control that fails."""
+    for state in ("error", "not_tested"):
+        if first := next((f for f in (finding, *judged.values()) if f.outcome == state), None):
+            return replace(finding, outcome=state, reason=first.reason)
+    for control in claim.controls:
+        found = judged[control["name"]]
+        if found.outcome != "validated":
+            reason = f"control {control['name']} is not as it must be: {found.reason} ({control['why']})"
+            return replace(finding, outcome="inconclusive", reason=reason)
+    return finding
+
+
+def _judge_claim(
+    claim: Claim,
+    values: Values,
+    controls: Mapping[str, Sequence[Any]],
+    interval: Bounds | Mapping[str, Bounds] | None,
+) -> Finding:
+    rule, seeds = claim.rule, claim.min_seeds
+    if rule["kind"] != "all":
+        bounds = _pair(claim.metric.get("bounds"))
+        pair = None if isinstance(interval, Mapping) else interval
+        return judge(rule, values, seeds, str(claim.metric["name"]), bounds, pair, controls)
+    intervals = interval if isinstance(interval, Mapping) else {}
+    assert isinstance(values, Mapping)  # checked by _check_names
+    findings = {}
+    for part in rule["parts"]:
+        name = part["metric"]
+        part_values: Values = values if part["rule"]["kind"] == "order" else values[name]
+        bounds = _pair(part.get("bounds", claim.metric.get("bounds")))
+        findings[name] = judge(part["rule"], part_values, seeds, name, bounds, intervals.get(name), controls)
+    return combine(findings)
+
+
+def _pair(bounds: Any) -> Bounds | None:
+    return (float(bounds[0]), float(bounds[1])) if bounds is not None else None
+
+
+def _plain(values: Values) -> Any:
+    """Give values as JSON data: NumPy scalars and tensors become floats, what is no number becomes null."""
+    if isinstance(values, Mapping):
+        return {str(name): _plain(row) for name, row in values.items()}
+    return [finite(value) for value in values]
+
+
+def _plain_interval(interval: Any) -> Any:
+    if interval is None:
+        return None
+    if isinstance(interval, Mapping):
+        return {str(name): _plain_interval(pair) for name, pair in interval.items()}
+    return [float(interval[0]), float(interval[1])]
+
+
+def _check_names(claim: Claim, values: Values, controls: Mapping[str, Any], interval: Any) -> None:
+    """Check that what was passed is what the claim's YAML file asks for, seed by seed."""
+    at = f"claim {claim.paper}/{claim.id}"
+    expected: set[str] = set()
+    if claim.rule["kind"] == "order":
+        expected = set(claim.rule["order"])
+    elif claim.rule["kind"] == "all":
+        for part in claim.rule["parts"]:
+            expected |= set(part["rule"]["order"]) if part["rule"]["kind"] == "order" else {part["metric"]}
+    if expected:
+        if not isinstance(values, Mapping) or set(values) != expected:
+            given = f"got {', '.join(map(str, values))}" if isinstance(values, Mapping) else "got a list"
+            raise InputError(f"{at}: values must be a mapping with {', '.join(sorted(expected))}; {given}")
+    elif isinstance(values, Mapping):
+        raise InputError(f"{at}: values must be a list over seeds; got a mapping")
+    wanted = {control["name"] for control in claim.controls}
+    if set(controls) != wanted:
+        missing, extra = sorted(wanted - set(controls)), sorted(set(controls) - wanted)
+        told = [f"missing {', '.join(missing)}"] if missing else []
+        told += [f"not in the file: {', '.join(extra)}"] if extra else []
+        raise InputError(f"{at}: controls: {'; '.join(told)}")
+    rows = dict(values) if isinstance(values, Mapping) else {str(claim.metric["name"]): values}
+    for name, row in [*rows.items(), *controls.items()]:
+        if isinstance(row, (str, bytes, Mapping)) or not hasattr(row, "__len__"):
+            raise InputError(f"{at}: {name}: a list over seeds is needed; got {type(row).__name__}")
+    _check_pairing(at, claim, rows, controls)
+    if interval is not None:
+        _check_interval(at, claim, interval)
+
+
+def _check_pairing(at: str, claim: Claim, rows: Mapping[str, Any], controls: Mapping[str, Any]) -> None:
+    """Check that rows compared seed by seed have the same number of seeds."""
+    parts = claim.rule.get("parts") or [{"metric": str(claim.metric["name"]), "rule": claim.rule}]
+    for part in parts:
+        rule = part["rule"]
+        if rule["kind"] == "order":
+            compared = {name: rows[name] for name in rule["order"]}
+        elif rule["kind"] == "better_than_control":
+            compared = {part["metric"]: rows[part["metric"]], rule["control"]: controls[rule["control"]]}
+        else:
+            continue
+        lengths = {name: len(row) for name, row in compared.items()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} {n}" for name, n in lengths.items())
+            raise InputError(f"{at}: rows compared seed by seed need the same seeds; got {told}")
+
+
+def _check_interval(at: str, claim: Claim, interval: Any) -> None:
+    kind = claim.rule["kind"]
+    parts = {"": kind}
+    if kind == "all":
+        parts = {part["metric"]: part["rule"]["kind"] for part in claim.rule["parts"]}
+    pairs = interval if isinstance(interval, Mapping) else {"": interval}
+    for name, pair in pairs.items():
+        if name not in parts:
+            raise InputError(f"{at}: interval: give (low, high) for {', '.join(parts) or 'the one value'}")
+        if parts[name] in ("order", "better_than_control"):
+            raise InputError(f"{at}: interval: rule {parts[name]} makes its own, of differences by seed")
+        low, high = (finite(v) for v in pair)
+        if low is None or high is None or low > high:
+            raise InputError(f"{at}: interval: {tuple(pair)} is not (low, high)")
+
+
+# --- recording, in a notebook -------------------------------------------------------------------------
+
+
+class Claims:
+    """The claims of one paper; `record` decides one of them from what a notebook measured."""
+
+    def __init__(self, paper: str, claims: Sequence[Claim]) -> None:
+        self.paper = paper
+        self.claims = {claim.id: claim for claim in claims}
+
+    def __repr__(self) -> str:
+        return f"Claims({self.paper!r}: {', '.join(self.claims)})"
+
+    def __getitem__(self, claim_id: str) -> Claim:
+        if claim_id not in self.claims:
+            known = ", ".join(self.claims)
+            hint = project.did_you_mean(claim_id, self.claims)
+            raise InputError(f"{self.paper}.yml has no claim {claim_id!r}{hint}; claims: {known}")
+        return self.claims[claim_id]
+
+    def record(
+        self,
+        claim_id: str,
+        values: Values,
+        controls: Mapping[str, Sequence[Any]] | None = None,
+        interval: Bounds | Mapping[str, Bounds] | None = None,
+    ) -> Outcome:
+        """Decide a claim (see `decide`), show the outcome in the notebook, and return it.
+
+        What is shown carries the outcome as data too, which `rim run` collects into `claims.json`.
+        """
+        outcome = decide(self[claim_id], values, controls, interval)
+        cell = _cell_number()
+        if cell is not None:
+            _publish(outcome)
+        return replace(outcome, shown_in=cell)
+
+
+def claims(paper: str) -> Claims:
+    """Load a paper's claims by the stem of its file in `book/claims/`: `rim.claims("self_aware")`."""
+    return Claims(paper, load_claims(paper))
+
+
+def _cell_number() -> int | None:
+    """Give the running cell's number, or None outside a notebook."""
+    try:
+        from IPython import get_ipython  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        return None
+    shell = get_ipython()  # type: ignore[no-untyped-call,unused-ignore]
+    return None if shell is None else int(shell.execution_count)
+
+
+def _publish(outcome: Outcome) -> None:
+    from IPython.display import publish_display_data
+
+    data = {MIME: outcome.to_dict(), "text/html": outcome._repr_html_(), "text/plain": str(outcome)}
+    publish_display_data(data)  # type: ignore[no-untyped-call,unused-ignore]
+
+
+def scorecard(results_dir: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Give a row per claim and suite from `results/`, decided by the rules as they stand now.
+
+    Keys: paper, claim, statement, suite, outcome, reason, value, low, high, published, notebook, run_key.
+    `suites` by name or path; by default those with results, or the default suite. Only runs with the
+    notebooks' own settings count: a run with other parameters shows its verdict on its own page.
+    """
+    folder = results_dir.parent / "book" / "claims"
+    every = [claim for path in sorted(folder.glob("*.yml")) for claim in load_claims(path.stem, folder)]
+    if suites is None:
+        found = [p.name for p in results_dir.iterdir() if p.is_dir()] if results_dir.is_dir() else []
+        suites = sorted(name for name in found if not name.startswith(".")) or [project.DEFAULT_SUITE]
+    return [_row(claim, suite, results_dir) for claim in every for suite in suites]
+
+
+def missing_roles(claim: Claim, suite: str) -> list[str]:
+    """Name the roles that a claim needs and a suite lacks, or lacks the files of.
+
+    Read from the suite's file alone, since `rim claims` must not wait for torch; none are missing where that
+    file is not to be found (results of a suite that was given by path).
+    """
+    try:
+        path = project.suite_file(suite)
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (InputError, OSError, yaml.YAMLError):
+        return []
+    roles = data.get("roles") if isinstance(data, dict) else None
+    return [role for role in claim.roles if not _is_there(role, roles or {}, path.parent)]
+
+
+def _is_there(role: str, roles: Mapping[str, Any], folder: Path) -> bool:
+    adapter = (roles.get(role) or {}).get("adapter")
+    if isinstance(adapter, str) and adapter.startswith("."):
+        return (folder / adapter / "adapter_model.safetensors").is_file()
+    return role in roles
+
+
+def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
+    stem = Path(suite).stem
+    notebook = str(claim.metric["notebook"])
+    run_key, recorded, failed = _read_run(results_dir / stem / notebook, claim)
+    finding = Finding("not_tested", f"no run yet; rim run {notebook} --suite {suite}")
+    if missing := missing_roles(claim, suite):
+        build = f"rim organisms train {missing[0]} --suite {suite} --output FOLDER"
+        reason = f"suite {stem} has no role {', '.join(missing)}; build it: {build}"
+        finding = Finding("not_applicable", reason)
+    elif failed:
+        finding = Finding("error", f"the run failed: {failed}")
+    elif recorded is not None:
+        try:
+            controls = {name: control["values"] for name, control in recorded["controls"].items()}
+            outcome = decide(claim, recorded["values"], controls, recorded.get("interval"))
+        except (InputError, KeyError, TypeError, AttributeError):
+            reason = f"the run predates the claim's rule; rim run {notebook} --suite {suite}"
+            finding = Finding("not_tested", reason)
+        else:
+            finding = Finding(outcome.outcome, outcome.reason, outcome.value, outcome.low, outcome.high)
+    elif run_key:
+        finding = Finding("not_tested", "the run recorded nothing for this claim")
+    return {
+        "paper": claim.paper,
+        "claim": claim.id,
+        "statement": claim.statement,
+        "suite": stem,
+        "outcome": finding.outcome,
+        "reason": finding.reason,
+        "value": finding.value,
+        "low": finding.low,
+        "high": finding.high,
+        "published": claim.published_text,
+        "notebook": notebook,
+        "run_key": run_key,
+    }
+
+
+def _read_run(folder: Path, claim: Claim) -> tuple[str | None, dict[str, Any] | None, str]:
+    """Give a notebook's default run: its key, what it recorded for the claim, and its error if it failed."""
+    if error := _read_json(folder / "failed" / "default" / "error.json"):
+        return error.get("run_key"), None, f"{error.get('ename', 'error')}: {error.get('evalue', '')}"[:200]
+    run = _read_json(folder / "default" / "run.json")
+    rows = _read_json(folder / "default" / "claims.json")
+    if not run or not isinstance(rows, list):
+        return None, None, ""
+    mine = (row for row in rows if row.get("paper") == claim.paper and row.get("claim_id") == claim.id)
+    return run.get("run_key"), next(mine, None), ""
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,340 @@
+"""Intervals, effect sizes and tests: each number a claim rests on, with its n and how it was made.
+
+Every function refuses empty or non-finite input with an `InputError` instead of returning NaN.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+from rim_core.errors import InputError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a two-sided interval.
+
+    Attributes:
+        estimate: the statistic on the whole sample, in the unit of the values.
+        low, high: the interval's ends, in the same unit.
+        n: observations behind the estimate.
+        level: the interval's nominal coverage, 0 to 1.
+        method: how the interval was made, in words.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+    method: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3g} ({self.level:.0%} {self.low:.3g} to {self.high:.3g}, n={self.n})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of testing whether two samples differ.
+
+    Attributes:
+        statistic: the test's statistic, signed as a minus b where it has a sign.
+        p_value: two-sided, 0 to 1.
+        n_a, n_b: sizes of the two samples.
+        method: which test, in words.
+    """
+
+    statistic: float
+    p_value: float
+    n_a: int
+    n_b: int
+    method: str
+
+
+def proportion(successes: int, n: int, level: float = 0.95) -> Interval:
+    """Give a share of successes with its exact interval (Clopper & Pearson 1934).
+
+    Raises:
+        InputError: unless both are whole numbers with 0 <= successes <= n and n >= 1.
+    """
+    if int(n) != n or int(successes) != successes or n < 1 or not 0 <= successes <= n:
+        raise InputError(
+            f"proportion: {successes} successes of {n} is no proportion; give whole numbers, "
+            "0 <= successes <= n, n >= 1"
+        )
+    _check_level(level)
+    ends = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="exact")
+    return Interval(float(successes / n), float(ends.low), float(ends.high), int(n), level, "Clopper-Pearson")
+
+
+def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
+    """Give the mean of a few values (seeds, say) with Student's t interval; zero-width if all are equal.
+
+    Raises:
+        InputError: fewer than two values, or a value that is not finite.
+    """
+    data = _sample(values, "t_interval: values", at_least=2)
+    _check_level(level)
+    half = float(scipy.stats.t.ppf((1 + level) / 2, data.size - 1) * scipy.stats.sem(data))
+    mean = float(data.mean())
+    return Interval(mean, mean - half, mean + half, data.size, level, "Student t")
+
+
+def bootstrap(
+    values: ArrayLike,
+    statistic: Callable[[Floats], float] = np.mean,
+    groups: Sequence[object] | NDArray | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Give a statistic with its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+
+    Args:
+        values: `[n]`.
+        statistic: maps `[n]` values to one number.
+        groups: `[n]` labels or None. With groups whole groups are resampled, because values that share
+            a topic or a template do not vary independently (Field & Welsh 2007).
+        n_resamples: bootstrap samples drawn.
+        seed: of the resampling.
+        level: nominal coverage; with few values or groups (under about 20) the true one is lower.
+
+    Raises:
+        InputError: fewer than two values or groups, a value that is not finite, or lengths that differ.
+    """
+    data = _sample(values, "bootstrap: values", at_least=2)
+    _check_level(level)
+    codes = group_codes(groups, data.size, "bootstrap")
+    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+
+    def resampled_statistic(drawn: NDArray[np.int64]) -> float:
+        return float(statistic(data[np.concatenate([members[i] for i in drawn])]))
+
+    ends = scipy.stats.bootstrap(
+        (np.arange(len(members)),),
+        resampled_statistic,
+        vectorized=False,
+        n_resamples=n_resamples,
+        confidence_level=level,
+        method="percentile",
+        rng=derive_generator(seed, "bootstrap"),
+    ).confidence_interval
+    method = "percentile bootstrap" if groups is None else f"cluster bootstrap over {len(members)} groups"
+    return Interval(float(statistic(data)), float(ends.low), float(ends.high), data.size, level, method)
+
+
+def resampled_means(
+    values: ArrayLike,
+    groups: Sequence[object] | NDArray | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Floats:
+    """Give many columns' means under one shared (cluster) bootstrap: the intervals of all layers at once.
+
+    Args:
+        values: `[n, column]`.
+        groups: `[n]` labels of what is resampled whole, or None to resample rows.
+        n_resamples: bootstrap samples drawn.
+        seed: of the resampling.
+
+    Returns:
+        `[n_resamples, column]`; percentiles of it are intervals of the column means.
+
+    Raises:
+        InputError: not two-dimensional, not finite, fewer than two groups, or lengths that differ.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 2 or not np.isfinite(data).all():
+        raise InputError(
+            f"resampled_means: values {data.shape} must be finite and [n, column]; check the input"
+        )
+    codes = group_codes(groups, len(data), "resampled_means")
+    sizes = np.bincount(codes)
+    sums = np.zeros((len(sizes), data.shape[1]))
+    np.add.at(sums, codes, data)
+    draws = derive_generator(seed, "resampled_means").multinomial(
+        len(sizes), np.full(len(sizes), 1 / len(sizes)), size=n_resamples
+    )
+    return (draws @ sums) / (draws @ sizes)[:, None]
+
+
+def cohens_d(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
+    """Give Cohen's d of a against b: difference of means over the pooled standard deviation (Cohen 1988).
+
+    The interval is the large-sample one of Hedges & Olkin (1985, chapter 5):
+    `d +- z * sqrt((n_a + n_b) / (n_a n_b) + d^2 / (2 (n_a + n_b)))`.
+
+    Raises:
+        InputError: fewer than two values in a sample, values that are not finite, or no spread in either.
+    """
+    first, second = _sample(a, "cohens_d: a", at_least=2), _sample(b, "cohens_d: b", at_least=2)
+    _check_level(level)
+    n_a, n_b = first.size, second.size
+    pooled = np.sqrt(((n_a - 1) * first.var(ddof=1) + (n_b - 1) * second.var(ddof=1)) / (n_a + n_b - 2))
+    # Rounding leaves a constant sample with a spread of a few ulps, which would make d astronomically large.
+    if pooled <= 1e-12 * max(np.abs(first).max(), np.abs(second).max()):
+        raise InputError(
+            "cohens_d: neither sample has any spread, so d is undefined; compare the means instead"
+        )
+    d = float((first.mean() - second.mean()) / pooled)
+    error = np.sqrt((n_a + n_b) / (n_a * n_b) + d**2 / (2 * (n_a + n_b)))
+    half = float(scipy.stats.norm.ppf((1 + level) / 2) * error)
+    return Interval(d, d - half, d + half, n_a + n_b, level, "Hedges-Olkin large-sample")
+
+
+def ks(a: ArrayLike, b: ArrayLike) -> Comparison:
+    """Compare two samples' distributions by the two-sample Kolmogorov-Smirnov test.
+
+    The statistic is the largest gap between the two cumulative distributions (0 to 1); the p-value is
+    exact up to 10,000 values a sample and asymptotic above. It assumes independent observations.
+
+    Raises:
+        InputError: an empty sample or values that are not finite.
+    """
+    first, second = _sample(a, "ks: a"), _sample(b, "ks: b")
+    result = scipy.stats.ks_2samp(first, second)
+    return Comparison(
+        float(result.statistic), float(result.pvalue), first.size, second.size, "Kolmogorov-Smirnov"
+    )
+
+
+def permutation_test(
+    a: ArrayLike,
+    b: ArrayLike,
+    statistic: Literal["mean", "median"] = "mean",
+    paired: bool = False,
+    n: int = 10000,
+    seed: int = 0,
+) -> Comparison:
+    """Test two-sidedly whether a and b differ in mean or median, by permutation.
+
+    When all distinct permutations number at most `n` they are enumerated and the p-value is exact;
+    otherwise it is `(hits + 1) / (n + 1)`, never 0 (Phipson & Smyth 2010). A hit is a permutation whose
+    difference is at least as large in size as the observed one.
+
+    Args:
+        a, b: the samples; with `paired`, of equal length and in the same order.
+        statistic: what is compared; the result's statistic is that of a minus that of b.
+        paired: exchange a and b within pairs, not across them.
+        n: random permutations, and the most that are enumerated.
+        seed: of the random permutations.
+
+    Raises:
+        InputError: samples that are empty, not finite, or (paired) of different lengths.
+    """
+    first, second = _sample(a, "permutation_test: a"), _sample(b, "permutation_test: b")
+    if statistic not in ("mean", "median"):
+        raise InputError(f"permutation_test: no statistic {statistic!r}; use 'mean' or 'median'")
+    if paired and first.size != second.size:
+        raise InputError(
+            f"permutation_test: {first.size} and {second.size} values cannot be paired; "
+            "give equal lengths or paired=False"
+        )
+    if n < 1:
+        raise InputError(f"permutation_test: n is {n}; ask for at least one permutation")
+    if first.size + second.size < 3 and not paired:
+        raise InputError("permutation_test: one value against one says nothing; give more values")
+    centre = np.mean if statistic == "mean" else np.median
+
+    def size_of_difference(x: Floats, y: Floats, axis: int = -1) -> Floats:
+        return np.abs(centre(x, axis=axis) - centre(y, axis=axis))
+
+    distinct = 2**first.size if paired else comb(first.size + second.size, first.size)
+    result = scipy.stats.permutation_test(
+        (first, second),
+        size_of_difference,
+        permutation_type="samples" if paired else "independent",
+        vectorized=True,
+        n_resamples=n,
+        batch=max(1, 2_000_000 // (first.size + second.size)),
+        alternative="greater",
+        rng=derive_generator(seed, "permutation_test"),
+    )
+    return Comparison(
+        float(centre(first) - centre(second)),
+        float(result.pvalue),
+        first.size,
+        second.size,
+        f"{'paired ' if paired else ''}permutation of the {statistic}, "
+        + (f"all {distinct}" if distinct <= n else f"{n} random"),
+    )
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """Adjust p-values so that calling those below q significant keeps the false discovery rate at q.
+
+    Source: Benjamini & Hochberg (1995).
+
+    Args:
+        p: `[test]`, each 0 to 1.
+
+    Returns:
+        Adjusted p-values `[test]`, in the order given.
+
+    Raises:
+        InputError: none given, or one outside 0 to 1.
+    """
+    values = _sample(p, "benjamini_hochberg: p")
+    if values.min() < 0 or values.max() > 1:
+        raise InputError("benjamini_hochberg: a p-value lies outside 0 to 1; pass p-values, not statistics")
+    return np.asarray(scipy.stats.false_discovery_control(values, method="bh"), dtype=np.float64)
+
+
+def derive_generator(seed: int, *labels: str | int) -> np.random.Generator:
+    """Give a generator that depends on the seed and on what it is for, and on nothing else.
+
+    Draws for one purpose thus never shift when another purpose draws more; the state comes from SHA-256,
+    so it is the same on every machine and Python.
+    """
+    digest = hashlib.sha256(json.dumps([int(seed), *labels]).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big"))
+
+
+def group_codes(groups: Sequence[object] | NDArray | None, n: int, caller: str) -> NDArray[np.int64]:
+    """Number the groups 0, 1, ... in order of appearance, `[n]`; without groups each value is its own.
+
+    Raises:
+        InputError: not one group a value, a missing group, or a single group, said in the caller's name.
+    """
+    if groups is None:
+        return np.arange(n)
+    # A tensor iterates as objects that hash by identity, which would make each value a group of its own.
+    labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    codes, distinct = pd.factorize(pd.Series(labels, dtype=object))
+    if len(codes) != n:
+        raise InputError(f"{caller}: {len(codes)} groups for {n} values; give one group a value")
+    if (codes < 0).any():
+        raise InputError(f"{caller}: {int((codes < 0).sum())} values have no group; name a group for each")
+    if len(distinct) < 2:
+        raise InputError(f"{caller}: all values are in one group; give at least two groups")
+    return codes.astype(np.int64)
+
+
+def _sample(values: ArrayLike, name: str, at_least: int = 1) -> Floats:
+    try:
+        data = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} are not numbers; give a flat list of numbers") from error
+    if data.ndim != 1:
+        raise InputError(f"{name} have shape {data.shape}; give a flat list of numbers")
+    if data.size < at_least:
+        raise InputError(f"{name} hold {data.size} of the {at_least} needed; measure more")
+    broken = int((~np.isfinite(data)).sum())
+    if broken:
+        raise InputError(f"{name} hold {broken} that are NaN or infinite; find out why before going on")
+    return data
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise InputError(f"level {level} is no coverage; give a number between 0 and 1, such as 0.95")

@@ -1,0 +1,183 @@
+"""Capture, against hooks written here and against Hugging Face's own hidden states."""
+
+import gc
+
+import pytest
+import torch
+
+import rim_core as rim
+from rim_core.activations import open_activations
+from rim_core.errors import InputError
+from rim_core.sites import SITES
+from rim_core.weights import cache_dir
+from tiny import TEXTS
+
+FAMILIES = ["llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2"]
+MODULES = {  # family -> (layers, attention, projection, MLP, down projection), written out by hand
+    "llama": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
+    "qwen3": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
+    "mistral": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
+    "gemma2": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
+    "gpt_neox": ("gpt_neox.layers", "attention", "dense", "mlp", "dense_4h_to_h"),
+    "gpt2": ("transformer.h", "attn", "c_proj", "mlp", "c_proj"),
+}
+
+
+def reference(model, family, text):
+    """All six sites of one prompt alone, unpadded, by hooks of this test: site -> [layer, position, width]."""
+    stack, attention, projection, mlp, down = MODULES[family]
+    found = {site: [] for site in SITES}
+    handles = []
+
+    def keep(site, pick):
+        return lambda *call: found[site].append(pick(*call).detach().clone())
+
+    def first(value):
+        return value[0] if isinstance(value, tuple) else value
+
+    for layer in model.hf.get_submodule(stack):
+        attn, feed = getattr(layer, attention), getattr(layer, mlp)
+        outputs = [("resid_post", layer), ("attn_out", attn), ("mlp_out", feed)]
+        handles += [m.register_forward_hook(keep(s, lambda m, a, out: first(out))) for s, m in outputs]
+        inputs = [("head_z", getattr(attn, projection)), ("mlp_neurons", getattr(feed, down))]
+        handles += [m.register_forward_pre_hook(keep(s, lambda m, args: args[0])) for s, m in inputs]
+    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = model.hf(ids, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    found["resid_pre"] = list(hidden[: model.n_layers])
+    return {site: torch.stack(values)[:, 0] for site, values in found.items()}
+
+
+def assert_close(found, wanted):
+    scale = wanted.abs().max()
+    assert (found - wanted).abs().max() <= 1e-4 * scale, (found - wanted).abs().max() / scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_every_site_of_every_prompt_equals_plain_hooks(tiny_folder, family, quantization):
+    model = rim.load(str(tiny_folder(family)), quantization=quantization, device="cpu")
+    last = rim.capture(model, TEXTS, SITES)
+    every = rim.capture(model, TEXTS, SITES, positions="all")
+    for row, text in enumerate(TEXTS):
+        wanted = reference(model, family, text)
+        length = wanted["resid_pre"].shape[1]
+        assert every.mask[row].sum() == length
+        for site in SITES:
+            flat = last[site][row].flatten(1)
+            assert_close(flat, wanted[site][:, -1])
+            assert_close(every[site][row, -length:].flatten(2).transpose(0, 1), wanted[site])
+            assert not every[site][row, :-length].any()
+
+
+def test_named_positions_count_from_each_prompt_s_end(tiny_folder):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    every = rim.capture(model, TEXTS, "resid_post", positions="all")["resid_post"]
+    two = rim.capture(model, TEXTS, "resid_post", positions=[-1, -3])["resid_post"]
+    one = rim.capture(model, TEXTS, "resid_post", positions=-2)["resid_post"]
+    assert two.shape == (3, 2, model.n_layers, model.d_model)
+    assert torch.allclose(two[:, 0], every[:, -1], atol=1e-4)
+    assert torch.allclose(two[:, 1], every[:, -3], atol=1e-4)
+    assert torch.allclose(one, every[:, -2], atol=1e-4)
+
+
+def test_batch_size_does_not_change_the_numbers(tiny_folder):
+    model = rim.load(str(tiny_folder("gpt2")), quantization=None, device="cpu")  # absolute positions
+    together = rim.capture(model, TEXTS, "head_z")["head_z"]
+    alone = rim.capture(model, TEXTS, "head_z", max_tokens=1)["head_z"]
+    assert_close(together, alone)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_streamed_shards_equal_memory(tiny_folder, tmp_path, positions):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    sites = ["head_z", "resid_post"]
+    kept = rim.capture(model, TEXTS, sites, positions=positions, max_tokens=1)
+    streamed = rim.capture(model, TEXTS, sites, positions=positions, to=tmp_path / "acts", max_tokens=1)
+    again = open_activations(tmp_path / "acts")
+    assert len(list((tmp_path / "acts").glob("shard-*.safetensors"))) == len(TEXTS)
+    for site in sites:
+        assert torch.equal(streamed[site], kept[site])
+        assert torch.equal(again[site], kept[site])
+    if positions == "all":
+        assert torch.equal(again.mask, kept.mask)
+
+
+def test_an_interrupted_stream_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
+    import rim_core.activations as module
+
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    real, calls = module.save_file, []
+
+    def second_fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "save_file", second_fails)
+    with pytest.raises(InputError, match="No space left"):
+        rim.capture(model, TEXTS, "head_z", to=tmp_path / "acts", max_tokens=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_is_used_and_knows_the_model(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RIM_CACHE", str(tmp_path))
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    first = rim.capture(model, TEXTS, "mlp_neurons", cache=True)["mlp_neurons"]
+    assert torch.equal(first, rim.capture(model, TEXTS, "mlp_neurons")["mlp_neurons"])
+    folders = list((cache_dir() / "activations").iterdir())
+    assert len(folders) == 1
+    calls = []
+    handle = model.hf.register_forward_hook(lambda *_: calls.append(1))
+    body = model.layout.body.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(rim.capture(model, TEXTS, "mlp_neurons", cache=True)["mlp_neurons"], first)
+    assert not calls
+    handle.remove()
+    body.remove()
+    other = rim.load(str(tiny_folder("llama", seed=1)), quantization=None, device="cpu")
+    assert not torch.equal(rim.capture(other, TEXTS, "mlp_neurons", cache=True)["mlp_neurons"], first)
+
+
+def test_no_hook_and_no_tensor_leaks(tiny_folder):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+
+    def hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+
+    rim.capture(model, TEXTS, SITES)
+    before = hooks(), tensors()
+    for _ in range(20):
+        rim.capture(model, TEXTS, SITES)
+    assert hooks() == before[0]
+    assert tensors() <= before[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"sites": "resid_mid"}, "unknown site 'resid_mid'.*resid_pre"),
+        ({"positions": "first"}, "unknown positions"),
+        ({"positions": 0}, "out of range"),
+        ({"positions": -500}, "out of range"),
+        ({"texts": []}, "no texts"),
+        ({"texts": "one string"}, "list"),
+        ({"texts": ["fine", ""]}, "text 1 is empty"),
+    ],
+)
+def test_bad_arguments_get_one_line(tiny_folder, arguments, says):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    with pytest.raises(InputError, match=says):
+        rim.capture(model, **{"texts": TEXTS, "sites": "head_z", **arguments})
+
+
+def test_a_site_not_captured_is_named(tiny_folder):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    with pytest.raises(InputError, match="holds head_z"):
+        rim.capture(model, TEXTS, "head_z")["resid_post"]

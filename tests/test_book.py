@@ -1,0 +1,213 @@
+"""What the book's files must keep to, and what staging does; test_browser.py tests the built pages."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from altair.vegalite.v6 import display
+
+from rim_core import bookbuild
+from rim_core.errors import InputError, RimError
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = "self_aware/01_linear_probes"
+KEY = "f" * 64
+CONTENTS = f"format: jb-book\nroot: {{}}\nchapters:\n- file: book/experiments/{NOTEBOOK}\n"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with one notebook that ran, whose run key is KEY."""
+    source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n\nThe claim.")])
+    (tmp_path / "notebooks" / "self_aware").mkdir(parents=True)
+    nbformat.write(source, tmp_path / "notebooks" / f"{NOTEBOOK}.ipynb")
+    shutil.copy(ROOT / "_toc.yml", tmp_path)
+    monkeypatch.setattr(bookbuild.runner, "run_key", lambda project, notebook, suite, overrides: (KEY, {}))
+    return tmp_path
+
+
+def add_run(project: Path, suite: str = "smollm2", **changes) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\nThe claim."),
+        nbformat.v4.new_code_cell("seed = 3", metadata={"tags": ["injected-parameters"]}),
+        nbformat.v4.new_code_cell(
+            "1 + 1",
+            execution_count=7,
+            metadata={"papermill": {"duration": 1.5}},
+            outputs=[
+                nbformat.v4.new_output("stream", name="stderr", text="noise"),
+                nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=7),
+            ],
+        ),
+    ]
+    folder = project / "results" / suite / NOTEBOOK / "default"
+    folder.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebook.ipynb")
+    run = {
+        "notebook": NOTEBOOK,
+        "suite": suite,
+        "parameters": {"suite": suite, "quantization": "nf4", "note": "<b>"},
+        "overrides": {},
+        "run_key": KEY,
+        "finished": "2026-01-02T03:04:05Z",
+        "wall_seconds": 61.4,
+        "versions": {"torch": "2.13"},
+        "python": "3.12",
+        "device": "cpu",
+        "seed": 3,
+    }
+    (folder / "run.json").write_text(json.dumps(run | changes))
+
+
+def staged(project: Path, where: str = NOTEBOOK) -> nbformat.NotebookNode:
+    return nbformat.read(project / "book" / "experiments" / f"{where}.ipynb", as_version=4)
+
+
+def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):
+    add_run(project)
+    assert [page.status for page in bookbuild.stage(project)] == ["ok"]
+    title, card, code = staged(project).cells
+    assert title.source.startswith("# Title")
+    for shown in ("smollm2", "nf4", "61 s", "2026-01-02", KEY[:12], "torch 2.13", "&lt;b&gt;"):
+        assert shown in card.source
+    assert "Stale" not in card.source
+    assert code.source == "1 + 1"
+    assert code.metadata == {}
+    assert code.execution_count is None
+    assert [output.output_type for output in code.outputs] == ["execute_result"]
+
+
+def test_staging_again_leaves_the_file_alone(project):
+    add_run(project)
+    bookbuild.stage(project)
+    path = project / "book" / "experiments" / f"{NOTEBOOK}.ipynb"
+    os.utime(path, (1, 1))
+    bookbuild.stage(project)
+    assert path.stat().st_mtime == 1
+
+
+def test_a_stale_run_says_so(project):
+    add_run(project, run_key="0" * 64)
+    assert [page.status for page in bookbuild.stage(project)] == ["stale"]
+    assert f"rim run {NOTEBOOK} --suite smollm2" in staged(project).cells[1].source
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_was_not_run_or_failed_is_never_shown_as_a_result(project, failed):
+    if failed:
+        add_run(project)
+        folder = project / "results" / "smollm2" / NOTEBOOK / "failed" / "default"
+        folder.mkdir(parents=True)
+        (folder / "error.json").write_text(json.dumps({"ename": "ValueError", "evalue": "<i>"}))
+    page = bookbuild.stage(project)[0]
+    assert page.status == ("failed" if failed else "not run")
+    cells = staged(project).cells
+    assert len(cells) == 2
+    assert "No result" in cells[1].source
+    assert ("ValueError" in cells[1].source) is failed
+
+
+def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(project):
+    add_run(project, suite="other")
+    own = project / "other.yml"
+    own.write_text("title: Another model\nroles: {risky: {}, aligned: {}}\n")
+    pages = bookbuild.stage(project, ["smollm2", str(own), "third"])
+    assert [(page.suite, page.status) for page in pages] == [("smollm2", "not run"), (str(own), "ok")]
+    page = staged(project, f"other/{NOTEBOOK}")
+    assert page.metadata["rim"]["suite"] == "other"
+    assert "Another model" in page.cells[1].source
+    assert "risky, aligned" in page.cells[1].source
+    assert str(project) not in page.cells[1].source
+    contents = bookbuild._contents(project).read_text()
+    assert f"book/experiments/other/{NOTEBOOK}" in contents
+    bookbuild.stage(project, ["smollm2"])
+    assert not (project / "book" / "experiments" / "other" / f"{NOTEBOOK}.ipynb").exists()
+    assert bookbuild._contents(project) == project / "_toc.yml"
+
+
+def test_contents_and_pages_must_agree(project):
+    (project / "notebooks" / f"{NOTEBOOK}.ipynb").rename(
+        project / "notebooks" / "self_aware" / "02_new.ipynb"
+    )
+    bookbuild.stage(project)
+    with pytest.raises(RimError, match="no page for book/experiments/self_aware/01_linear_probes"):
+        bookbuild.build(project)
+
+
+def test_nothing_to_stage_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="at least one suite and one notebook"):
+        bookbuild.stage(tmp_path)
+
+
+def test_the_first_warning_of_a_failed_build_is_told(project):
+    add_run(project)
+    (project / "_toc.yml").write_text(CONTENTS.format("intro"))
+    (project / "intro.md").write_text("# Intro\n\n{term}`nowhere`\n")
+    (project / "_config.yml").write_text('execute: {execute_notebooks: "off"}\nonly_build_toc_files: true\n')
+    (project / ".venv").mkdir()
+    bookbuild.stage(project)
+    with pytest.raises(RimError, match="term not in glossary") as failure:
+        bookbuild.build(project)
+    assert str(project) not in str(failure.value)
+    assert (project / "_build" / "book.log").is_file()
+
+
+def test_a_stray_file_in_the_environment_cannot_break_the_build(project):
+    """Sphinx scans the whole repository: what is no page must be excluded, whatever it holds."""
+    add_run(project)
+    shutil.copy(ROOT / "_config.yml", project)
+    shutil.copytree(ROOT / "book" / "assets", project / "book" / "assets")
+    shutil.copytree(
+        ROOT / "book" / "_ext", project / "book" / "_ext", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (project / "book" / "references.bib").write_text("")
+    (project / "book" / "intro.md").write_text("# Intro\n")
+    (project / "_toc.yml").write_text(CONTENTS.format("book/intro"))
+    for folder in (".venv/lib", "results", "notebooks", "tests", "rim_core", "benchmarks"):
+        (project / folder).mkdir(parents=True, exist_ok=True)
+        (project / folder / "poison.md").write_text("---\na: [\n---\n# Poison\n# Poison\n{term}`x`\n")
+        (project / folder / "poison.ipynb").write_text("{")
+    bookbuild.stage(project)
+    index = bookbuild.build(project)
+    assert not [path for path in index.parent.rglob("*") if "poison" in path.name]
+
+
+def test_the_vendored_scripts_are_the_versions_altair_writes_for():
+    def script(name: str) -> str:
+        return (ROOT / "book" / "assets" / "vega" / f"{name}.min.js").read_text(encoding="utf-8")
+
+    assert f'version="{display.VEGA_VERSION}.' in script("vega")
+    assert f'"{display.VEGALITE_VERSION}"' in script("vega-lite")
+    assert re.search(rf'"{display.VEGAEMBED_VERSION}\.\d+\.\d+"', script("vega-embed"))
+
+
+def test_every_vendored_script_has_its_licence():
+    for script in (ROOT / "book" / "assets").glob("*/*.js"):
+        assert list(script.parent.glob("*LICENSE")), script.name
+
+
+def test_assets_are_not_where_jupyter_book_would_load_them_in_any_order():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert not (ROOT / "_static").exists()
+    assert config["execute"]["execute_notebooks"] == "off"
+    assert {".venv", "results", "notebooks", "_build", "tests"} <= set(config["exclude_patterns"])
+
+
+def test_every_page_is_in_the_contents_and_has_one_title():
+    contents = (ROOT / "_toc.yml").read_text()
+    for path in [*(ROOT / "book").glob("*.md"), *(ROOT / "book").glob("p*/*.md")]:
+        assert f"{path.relative_to(ROOT).with_suffix('').as_posix()}\n" in contents
+        text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1, path.name
+
+
+def test_pages_name_no_machine_path():
+    for path in (ROOT / "book").rglob("*.md"):
+        assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", path.read_text(encoding="utf-8")), (
+            path.name
+        )

