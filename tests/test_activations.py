@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
+from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.activations import open_activations
 from rim_core.errors import InputError
 from rim_core.sites import SITES
 from rim_core.weights import cache_dir
-from tiny import TEXTS
 
 FAMILIES = ["llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2"]
 MODULES = {  # family -> (layers, attention, projection, MLP, down projection), written out by hand

