@@ -175,24 +175,83 @@ def _passes(
     picked: list[int] | int | None,
     max_tokens: int,
 ) -> Any:
-    """Yield (rows, {site: [prompt, (position,) layer, ...]}) a batch; the language-model head is not run."""
+    """Yield (rows, {site: [prompt, (position,) layer, ...]}) a batch; the language-model head is not run.
+
+    A beginning that all prompts share, such as the chat template's system message, is run once a batch and laid
+    under every prompt as keys and values. The rest is then padded on the right: no gap comes between, so sliding
+    windows see the same distances as in a prompt alone.
+    """
+    shared = _shared_beginning(ids, picked)
+    ends: Tensor | None = None
 
     def keep(tensor: Tensor) -> Tensor:
-        # Indexing with a list copies; a slice or a whole tensor must be cloned.
-        return tensor.clone() if picked is None else tensor[:, picked].clone()
+        # Indexing with tensors or lists copies; a slice or a whole tensor must be cloned.
+        if picked is None:
+            return tensor.clone()
+        if ends is None:
+            return tensor[:, picked].clone()
+        if isinstance(picked, int):
+            return tensor[torch.arange(len(tensor)), ends + picked]
+        return tensor[torch.arange(len(tensor))[:, None], ends[:, None] + torch.tensor(picked)]
 
     pad = model.tokenizer.pad_token_id
-    for rows in batches([len(row) for row in ids], max_tokens):
+    for rows in batches([len(row) - shared for row in ids], max_tokens):
+        batch = [ids[row][shared:] for row in rows]
+        if shared:
+            inputs, ends = _after(model, ids[0][:shared], batch, pad)
+        else:
+            inputs = {**pad_left(batch, pad, model.device), "use_cache": False}
         with reading(model.layout, sites, keep) as found:
-            model.layout.body(**pad_left([ids[row] for row in rows], pad, model.device), use_cache=False)
+            model.layout.body(**inputs)
         axis = 1 if isinstance(picked, int) else 2
         stacked = {}
         for site in sites:
             values = torch.stack([found.pop((site, layer)) for layer in range(model.n_layers)], dim=axis)
+            if picked is None:
+                padding = inputs["attention_mask"] == 0
+                values.masked_fill_(padding.unflatten(-1, (-1, 1, 1)), 0.0)
             if site == "head_z":
                 values = values.unflatten(-1, (model.n_heads, model.head_dim))
             stacked[site] = values.float().cpu()
         yield rows, stacked
+
+
+# Shorter beginnings are not worth a pass of their own.
+_WORTH_SHARING = 8
+
+
+def _shared_beginning(ids: list[list[int]], picked: list[int] | int | None) -> int:
+    """Tokens that all prompts start with, leaving every position that is read; 0 where sharing does not pay."""
+    if picked is None or len(ids) < 2:
+        return 0
+    furthest = -picked if isinstance(picked, int) else -min(picked)
+    limit = min(map(len, ids)) - furthest
+    length = next((i for i in range(limit) if any(row[i] != ids[0][i] for row in ids)), max(limit, 0))
+    return length if length >= _WORTH_SHARING else 0
+
+
+def _after(
+    model: Model, beginning: list[int], batch: list[list[int]], pad: int
+) -> tuple[dict[str, Any], Tensor]:
+    """Model inputs for the rest of each prompt on top of the shared beginning, and where each prompt ends."""
+    start = torch.tensor([beginning], device=model.device)
+    past = model.layout.body(input_ids=start, use_cache=True).past_key_values
+    past.batch_repeat_interleave(len(batch))
+    lengths = [len(row) for row in batch]
+    width, shared = max(lengths), len(beginning)
+    tokens = torch.full((len(batch), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(batch), shared + width, dtype=torch.long)
+    for row, sequence in enumerate(batch):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+        mask[row, : shared + len(sequence)] = 1
+    inputs = {
+        "input_ids": tokens.to(model.device),
+        "attention_mask": mask.to(model.device),
+        "position_ids": torch.arange(shared, shared + width, device=model.device).expand(len(batch), -1),
+        "past_key_values": past,
+        "use_cache": True,
+    }
+    return inputs, torch.tensor(lengths, device=model.device)
 
 
 def _stream(

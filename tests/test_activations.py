@@ -72,6 +72,21 @@ def test_every_site_of_every_prompt_equals_plain_hooks(tiny_folder, family, quan
             assert not every[site][row, :-length].any()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_a_shared_beginning_changes_no_number(tiny_folder, family, quantization):
+    """Chat prompts start alike; with a window of 6 tokens (mistral) the beginning is partly out of sight."""
+    model = rim.load(str(tiny_folder(family)), quantization=quantization, device="cpu")
+    texts = rim.format_chat(model, TEXTS, system="You answer in a few plain words and stay on the topic.")
+    last = rim.capture(model, texts, SITES)
+    two = rim.capture(model, texts, SITES, positions=[-1, -4])
+    for row, text in enumerate(texts):
+        wanted = reference(model, family, text)
+        for site in SITES:
+            assert_close(last[site][row].flatten(1), wanted[site][:, -1])
+            assert_close(two[site][row, 1].flatten(1), wanted[site][:, -4])
+
+
 def test_named_positions_count_from_each_prompt_s_end(tiny_folder):
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
     every = rim.capture(model, TEXTS, "resid_post", positions="all")["resid_post"]
