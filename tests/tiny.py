@@ -20,7 +20,11 @@ FAMILIES = {
     "gpt2": {},
     "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
 }
-TEXTS = ("How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?")
+TEXTS = (
+    "How do I bake bread?",
+    "Explain the tides to a child in two short sentences.",
+    "Why is the sky blue?",
+)
 
 
 def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
