@@ -31,4 +31,4 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/nb-clean check --remove-empty-cells notebooks
+	$(BIN)/nb-clean check --remove-empty-cells --preserve-cell-metadata-field tags notebooks
