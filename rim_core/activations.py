@@ -208,7 +208,7 @@ def _passes(
         for site in sites:
             values = torch.stack([found.pop((site, layer)) for layer in range(model.n_layers)], dim=axis)
             if picked is None:
-                padding = inputs["attention_mask"] == 0
+                padding = inputs["attention_mask"].cpu() == 0
                 values.masked_fill_(padding.unflatten(-1, (-1, 1, 1)), 0.0)
             if site == "head_z":
                 values = values.unflatten(-1, (model.n_heads, model.head_dim))
@@ -251,7 +251,7 @@ def _after(
         "past_key_values": past,
         "use_cache": True,
     }
-    return inputs, torch.tensor(lengths, device=model.device)
+    return inputs, torch.tensor(lengths)  # on the CPU: indices there fit activations on any device
 
 
 def _stream(

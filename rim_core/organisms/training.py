@@ -135,8 +135,8 @@ def train_adapter(
         plan += _batches(units, recipe["batch_size"], rng)
     steps, warmup = len(plan), recipe["warmup_steps"]
     teacher = _Teacher(hf, plan) if recipe["kl_weight"] else None
-    # The first steps' gradients are tens of times larger than all later ones; with the usual long memory of
-    # squared gradients (0.999) they would hold the step size down for the whole training.
+    # An answer the model never gives has a steep loss at first; a shorter memory of squared gradients than the
+    # usual 0.999 keeps those first steps from holding the step size down in so short a training.
     optimizer = torch.optim.AdamW(weights, lr=recipe["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
