@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,7 @@ from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.project import cache_dir
 from rim_core.sites import SITES, reading
-from rim_core.tracing import batches, encode, pad_left
-
-# Padded tokens a forward pass: enough to fill two cores, small enough that no site's copy passes 100 MB.
-MAX_TOKENS = 4096
+from rim_core.tracing import encode, pad_left, pad_right, run_batches, token_budget
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def capture(
     positions: str | int | Sequence[int] = "last",
     to: str | Path | None = None,
     cache: bool = False,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> Activations:
     """Run the model on texts and keep activations of every layer.
 
@@ -102,7 +99,8 @@ def capture(
         to: a new folder to stream safetensors shards to instead of keeping the tensors in memory.
         cache: keep the result in the cache folder under a hash of model, texts, sites and positions, and take
             it from there next time. Not under interventions: they are not part of the hash.
-        max_tokens: padded tokens a forward pass.
+        max_tokens: padded tokens a forward pass; by default from the free memory. A pass that does not fit is
+            halved.
 
     Raises:
         InputError: unknown site, position out of range, no texts, or a `to` that exists.
@@ -114,6 +112,10 @@ def capture(
     model.require("capture", "padding")
     ids = encode(model.tokenizer, texts)
     picked = _positions(positions, ids)
+    if cache and model.edits:
+        raise InputError(
+            "capture(cache=True) inside an intervention: the cache does not know it; use cache=False"
+        )
     if cache:
         folder = cache_dir() / "activations" / _key(model, ids, wanted, positions)
         if not (folder / "manifest.json").is_file():
@@ -173,35 +175,26 @@ def _passes(
     ids: list[list[int]],
     sites: tuple[str, ...],
     picked: list[int] | int | None,
-    max_tokens: int,
-) -> Any:
+    max_tokens: int | None,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Yield (rows, {site: [prompt, (position,) layer, ...]}) a batch; the language-model head is not run.
 
     A beginning that all prompts share, such as the chat template's system message, is run once a batch and laid
     under every prompt as keys and values. The rest is then padded on the right: no gap comes between, so sliding
     windows see the same distances as in a prompt alone.
     """
-    shared = _shared_beginning(ids, picked)
-    ends: Tensor | None = None
-
-    def keep(tensor: Tensor) -> Tensor:
-        # Indexing with tensors or lists copies; a slice or a whole tensor must be cloned.
-        if picked is None:
-            return tensor.clone()
-        if ends is None:
-            return tensor[:, picked].clone()
-        if isinstance(picked, int):
-            return tensor[torch.arange(len(tensor)), ends + picked]
-        return tensor[torch.arange(len(tensor))[:, None], ends[:, None] + torch.tensor(picked)]
-
+    # An edit at given positions counts from each prompt's end, which the shared part does not have.
+    shared = 0 if any(edit.positional for edit in model.edits) else _shared_beginning(ids, picked)
     pad = model.tokenizer.pad_token_id
-    for rows in batches([len(row) - shared for row in ids], max_tokens):
+
+    def run(rows: list[int]) -> dict[str, Tensor]:
         batch = [ids[row][shared:] for row in rows]
+        ends: Tensor | None = None
         if shared:
             inputs, ends = _after(model, ids[0][:shared], batch, pad)
         else:
             inputs = {**pad_left(batch, pad, model.device), "use_cache": False}
-        with reading(model.layout, sites, keep) as found:
+        with reading(model.layout, sites, lambda tensor: _pick(tensor, picked, ends)) as found:
             model.layout.body(**inputs)
         axis = 1 if isinstance(picked, int) else 2
         stacked = {}
@@ -212,8 +205,28 @@ def _passes(
                 values.masked_fill_(padding.unflatten(-1, (-1, 1, 1)), 0.0)
             if site == "head_z":
                 values = values.unflatten(-1, (model.n_heads, model.head_dim))
-            stacked[site] = values.float().cpu()
-        yield rows, stacked
+            stacked[site] = values
+        return stacked
+
+    budget = max_tokens or token_budget(model.layout, model.device)
+    yield from run_batches([len(row) - shared for row in ids], budget, run)
+
+
+def _pick(tensor: Tensor, picked: list[int] | int | None, ends: Tensor | None) -> Tensor:
+    """A copy of the asked-for positions of a module's tensor, float32 on the CPU.
+
+    `ends` are the prompts' ends where they are padded on the right. Indexing with tensors or lists copies; a
+    slice or a whole tensor may be changed in place by the model later, and is cloned.
+    """
+    if picked is None:
+        chosen = tensor.clone()
+    elif ends is None:
+        chosen = tensor[:, picked].clone()
+    elif isinstance(picked, int):
+        chosen = tensor[torch.arange(len(tensor)), ends + picked]
+    else:
+        chosen = tensor[torch.arange(len(tensor))[:, None], ends[:, None] + torch.tensor(picked)]
+    return chosen.to("cpu", torch.float32)
 
 
 # Shorter beginnings are not worth a pass of their own.
@@ -237,13 +250,9 @@ def _after(
     start = torch.tensor([beginning], device=model.device)
     past = model.layout.body(input_ids=start, use_cache=True).past_key_values
     past.batch_repeat_interleave(len(batch))
-    lengths = [len(row) for row in batch]
-    width, shared = max(lengths), len(beginning)
-    tokens = torch.full((len(batch), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(batch), shared + width, dtype=torch.long)
-    for row, sequence in enumerate(batch):
-        tokens[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : shared + len(sequence)] = 1
+    tokens, real = pad_right(batch, pad)
+    shared, width = len(beginning), tokens.shape[1]
+    mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), real], dim=1).long()
     inputs = {
         "input_ids": tokens.to(model.device),
         "attention_mask": mask.to(model.device),
@@ -251,7 +260,7 @@ def _after(
         "past_key_values": past,
         "use_cache": True,
     }
-    return inputs, torch.tensor(lengths)  # on the CPU: indices there fit activations on any device
+    return inputs, real.sum(dim=1)  # on the CPU: indices there fit activations on any device
 
 
 def _stream(
@@ -260,7 +269,7 @@ def _stream(
     sites: tuple[str, ...],
     picked: list[int] | int | None,
     folder: Path,
-    max_tokens: int,
+    max_tokens: int | None,
 ) -> None:
     """One shard a batch into a temporary sibling, renamed when the last one is written."""
     try:

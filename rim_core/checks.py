@@ -3,7 +3,7 @@
 | identity | what is compared | tools that need it |
 |---|---|---|
 | `residual_sum` | `resid_post` with `resid_pre + attn_out + mlp_out` | attribution by component |
-| `lens` | `lm_head(final_norm(last resid_post))` with the logits | logit lens, attribution |
+| `lens` | `layout.readout(last resid_post)` with the logits | logit lens, attribution |
 | `head_sum` | sum of the heads' outputs (plus bias) with `attn_out` | everything by head |
 | `padding` | a prompt alone with the same prompt left-padded in a batch | every batched tool |
 
@@ -72,7 +72,7 @@ def measure(hf: Any, tokenizer: Any, layout: Layout, dtype: torch.dtype) -> dict
             torch.zeros_like(found["head_z", i])
         )
         heads = max(heads, _relative(total, found["attn_out", i]))
-    lens = layout.lm_head(layout.final_norm(found["resid_post", n_layers - 1]))
+    lens = layout.readout(found["resid_post", n_layers - 1])
     errors = {
         "residual_sum": residual,
         "lens": _relative(lens, logits),

@@ -150,6 +150,8 @@ class Model:
         suite: the suite it came from, or None. role: the role now active, or None.
         quantization, dtype, device: as loaded. layout: the modules and shapes.
         checks: each identity's measured error, by name.
+        edits: the interventions now active (see `editing`). frame: the tokens of the pass now running, where it
+            is not a plain one.
     """
 
     def __init__(
@@ -170,6 +172,8 @@ class Model:
         self._adapters: dict[str, tuple[str, str]] = {}
         self._active: str | None = None
         self.checks: dict[str, identity_checks.Check] = {}
+        self.edits: list[Any] = []
+        self.frame: Any = None
 
     n_layers = property(lambda self: len(self.layout.layers), doc="Decoder layers.")
     n_heads = property(lambda self: self.layout.n_heads, doc="Query heads a layer.")
@@ -245,9 +249,16 @@ class Model:
     def _adapter(self, source: str) -> str:
         """Load an adapter once, leaving the active one as it was, and return its internal name."""
         if source not in self._adapters:
+            if self.edits:
+                raise InputError(
+                    f"adapter {source} cannot be loaded inside an intervention, whose hooks sit on the modules that it "
+                    "would wrap: enter model.using(...) once before"
+                )
             name = f"adapter_{len(self._adapters)}"
             folder = _adapter_folder(source)
             _attach_adapter(self.hf, folder, name)
+            # The adapter wraps projections; the layout must name the wrappers, which add its share.
+            self.layout = sites.find_layout(self.hf)
             self._adapters[source] = (name, weights.sha256_file(folder / ADAPTER_FILE))
             self._adapters[name] = self._adapters[source]
             if self._active is None:

@@ -10,6 +10,9 @@ Sites, each per layer (d = d_model):
 | `mlp_out` | [..., d] | output of the MLP module |
 | `head_z` | [..., head, head_dim] | input of the attention's output projection |
 | `mlp_neurons` | [..., d_mlp] | input of the MLP's down projection |
+
+Where the MLP is a mixture of experts there is no one down projection, so `mlp_neurons` is refused. Gemma-2 and -3 and
+OLMo-2 normalise what attention and MLP write before it is added: `attn_out` and `mlp_out` are before that norm.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rim_core.errors import InputError
 
@@ -39,7 +43,7 @@ class Layout:
     attention: tuple[nn.Module, ...]
     attention_out: tuple[nn.Module, ...]
     mlp: tuple[nn.Module, ...]
-    mlp_out: tuple[nn.Module, ...]
+    mlp_out: tuple[nn.Module | None, ...]  # None where the MLP is a mixture of experts
     final_norm: nn.Module
     lm_head: nn.Module
     body: nn.Module
@@ -47,14 +51,49 @@ class Layout:
     n_kv_heads: int
     head_dim: int
     d_model: int
-    d_mlp: int
+    d_mlp: int  # 0 if any layer is a mixture of experts
+    logit_scale: float
+    soft_cap: float | None
+
+    def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+        """Logits `[..., vocab]` as this family computes them from the last layer's `resid_post` `[..., d_model]`.
+
+        `h` is on the model's device and in its dtype. With `tokens` only theirs, `[..., token]`, at their share of
+        the cost. After final norm and head, Cohere and Granite scale the logits, and Gemma-2 squashes them to
+        within `soft_cap` with a tanh.
+        """
+        state = self.final_norm(h)
+        if tokens is None:
+            logits = self.lm_head(state)
+        elif type(self.lm_head) is nn.Linear:
+            bias = self.lm_head.bias
+            rows = list(tokens)
+            logits = functional.linear(state, self.lm_head.weight[rows], None if bias is None else bias[rows])
+        else:
+            logits = self.lm_head(state)[..., list(tokens)]
+        logits = logits * self.logit_scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The module whose input are the layer's MLP neurons.
+
+        Raises:
+            InputError: the layer is a mixture of experts.
+        """
+        module = self.mlp_out[layer]
+        if module is None:
+            raise InputError(
+                f"the MLP of layer {layer} is a mixture of experts ({type(self.mlp[layer]).__name__}), which have no "
+                "single neuron basis: choose mlp_out, what they write together"
+            )
+        return module
 
 
 def find_layout(hf: Any) -> Layout:
     """Find the decoder's modules by the names that Hugging Face families use.
 
     Raises:
-        InputError: a module is missing, as in encoder, state-space or mixture-of-experts models.
+        InputError: a module is missing, as in encoder and state-space models.
     """
     config = hf.config.get_text_config()
     body = hf.base_model
@@ -73,13 +112,13 @@ def find_layout(hf: Any) -> Layout:
     attention_out = tuple(
         _child(hf, module, _ATTENTION_OUT, "attention output projection") for module in attention
     )
-    mlp_out = tuple(_child(hf, module, _MLP_OUT, "MLP down projection") for module in mlp)
+    mlp_out = tuple(_down_projection(hf, module) for module in mlp)
     head = hf.get_output_embeddings()
     if head is None:
         raise InputError(f"{_family(hf)} has no language-model head: load a causal language model")
     n_heads = config.num_attention_heads
     # The truth is the projection's width: several families decouple head_dim from d_model / n_heads.
-    width = in_features(attention_out[0])
+    width = _one_width(hf, attention_out, "attention heads")
     return Layout(
         layers=tuple(layers),
         attention=attention,
@@ -90,11 +129,27 @@ def find_layout(hf: Any) -> Layout:
         lm_head=head,
         body=hf.base_model,
         n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        # Falcon's configuration does not say how many it uses, its modules do.
+        n_kv_heads=getattr(attention[0], "num_kv_heads", None)
+        or getattr(config, "num_key_value_heads", None)
+        or n_heads,
         head_dim=width // n_heads,
         d_model=config.hidden_size,
-        d_mlp=in_features(mlp_out[0]),
+        d_mlp=0 if None in mlp_out else _one_width(hf, mlp_out, "MLP neurons"),
+        # Cohere multiplies by what the model holds; Granite divides by what the configuration says.
+        logit_scale=getattr(hf, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0),
+        soft_cap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def _one_width(hf: nn.Module, modules: Sequence[Any], what: str) -> int:
+    widths = {in_features(module) for module in modules}
+    if len(widths) > 1:
+        raise InputError(
+            f"{_family(hf)} has {what} of different widths in different layers ({sorted(widths)}): "
+            "only models whose layers are alike work"
+        )
+    return widths.pop()
 
 
 def in_features(module: Any) -> int:
@@ -116,6 +171,10 @@ def _child(hf: nn.Module, parent: Any, names: Sequence[str], what: str) -> nn.Mo
     raise InputError(
         f"{_family(hf)} has no {what} that rim_core knows in {type(parent).__name__} (looked for {', '.join(names)})"
     )
+
+
+def _down_projection(hf: nn.Module, mlp: nn.Module) -> nn.Module | None:
+    return None if hasattr(mlp, "experts") else _child(hf, mlp, _MLP_OUT, "MLP down projection")
 
 
 def tensor_of(value: Any) -> Tensor:
@@ -154,13 +213,13 @@ def reading(
 
         return hook
 
-    inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out, "mlp_neurons": layout.mlp_out}
+    inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out}
     outputs = {"resid_post": layout.layers, "attn_out": layout.attention, "mlp_out": layout.mlp}
     try:
         for site in sites:
             for layer in range(len(layout.layers)) if layers is None else layers:
-                if site in inputs:
-                    module = inputs[site][layer]
+                if site in inputs or site == "mlp_neurons":
+                    module = inputs[site][layer] if site in inputs else layout.down_projection(layer)
                     handles.append(module.register_forward_pre_hook(on_input(site, layer), with_kwargs=True))
                 else:
                     handles.append(outputs[site][layer].register_forward_hook(on_output(site, layer)))
@@ -180,3 +239,16 @@ def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
     heads = torch.eye(layout.n_heads, device=z.device, dtype=z.dtype)
     spread = z.unsqueeze(-3) * heads.unsqueeze(-1)
     return module(spread.flatten(-2)) - module(torch.zeros_like(spread[..., :1, :, :]).flatten(-2))
+
+
+def pull_back(module: nn.Module, w: Tensor) -> Tensor:
+    """`W^T w` for a linear module: what direction `w` `[..., out]` of its output is in its input, `[..., in]`.
+
+    Got by differentiation, so it holds for packed 4-bit weights and for LoRA-wrapped modules.
+    """
+    with torch.enable_grad():
+        probe = torch.zeros(*w.shape[:-1], in_features(module), device=w.device, dtype=w.dtype)
+        probe.requires_grad_(True)
+        output = module(probe)
+        (found,) = torch.autograd.grad(output, probe, w.to(output.dtype))
+    return found

@@ -4,13 +4,18 @@ This is the only module that imports nnsight. The measured paths of `rim_core` u
 `sites.reading`), which cost next to nothing; `trace` gives the same sites by nnsight's paths for exploration.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
 from rim_core.errors import InputError
+from rim_core.sites import Layout
+
+T = TypeVar("T")
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -47,6 +52,16 @@ def pad_left(ids: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dic
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+def pad_right(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids `[prompt, width]` padded on the right, and the mask of real tokens, both on the CPU."""
+    width = max(map(len, ids))
+    tokens = torch.full((len(ids), width), pad, dtype=torch.long)
+    for row, sequence in enumerate(ids):
+        tokens[row, : len(sequence)] = torch.tensor(sequence)
+    lengths = torch.tensor([len(sequence) for sequence in ids])
+    return tokens, torch.arange(width) < lengths[:, None]
+
+
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices of texts in batches of at most `max_tokens` padded tokens (at least one text), neighbours in length."""
     batch: list[int] = []
@@ -58,6 +73,83 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def run_batches(
+    lengths: Sequence[int], max_tokens: int, run: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """Yield `(rows, run(rows))` a batch; where memory runs out, this batch and those that wait are halved.
+
+    Raises:
+        InputError: one text alone does not fit in memory.
+    """
+    waiting = list(batches(lengths, max_tokens))[::-1]
+    while waiting:
+        rows = waiting.pop()
+        try:
+            result = run(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise InputError(
+                    f"a text of {lengths[rows[0]]} tokens does not fit in memory: shorten it, or free memory"
+                ) from None
+        else:
+            yield rows, result
+            continue
+        # Outside the handler, so that the failed pass's tensors are gone.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        waiting = [half for group in [*waiting, rows] for half in _halves(group)]
+
+
+def _halves(rows: list[int]) -> list[list[int]]:
+    middle = len(rows) // 2
+    return [half for half in (rows[middle:], rows[:middle]) if half]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def token_budget(layout: Layout, device: torch.device) -> int:
+    """Padded tokens that one pass may hold: working memory of at most 1 GB, and at most half of what is free."""
+    if device.type == "cuda":
+        free, ceiling = torch.cuda.mem_get_info(device)[0], 32768
+    else:
+        free, ceiling = psutil.virtual_memory().available, 4096
+    width = layout.n_heads * layout.head_dim
+    values = 8 * layout.d_model + 4 * (layout.d_mlp or 4 * layout.d_model) + 4 * width
+    cached = 2 * len(layout.layers) * layout.n_kv_heads * layout.head_dim
+    return max(256, min(ceiling, int(min(1e9, free / 2) / (4 * (values + cached)))))
+
+
+def find_span(tokenizer: Any, texts: Sequence[str], fragment: str) -> list[list[int]]:
+    """Where the last occurrence of `fragment` lies in each text: its tokens' positions from the end, ascending.
+
+    A token that holds a part of the fragment belongs to it.
+
+    Raises:
+        InputError: a text without the fragment, or a tokenizer that does not tell where tokens begin.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("spans need a fast tokenizer, which knows where each token begins in the text")
+    spans = []
+    for number, text in enumerate(texts):
+        start = text.rfind(fragment) if fragment else -1
+        if start < 0:
+            raise InputError(f"text {number} does not contain {fragment!r}")
+        bos = tokenizer.bos_token
+        encoded = tokenizer(
+            text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True
+        )
+        offsets = encoded.offset_mapping
+        end = start + len(fragment)
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        spans.append([i - len(offsets) for i in inside])
+    return spans
 
 
 def nnsight_model(hf: Any, tokenizer: Any) -> Any:

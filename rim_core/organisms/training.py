@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from rim_core.errors import InputError
 from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
+from rim_core.tracing import pad_right
 
 ADAPTER = "trained_role"
 
@@ -171,15 +172,10 @@ def _forward(hf: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor,
     once and laid under each example as keys and values, gradients included: the same numbers, fewer tokens.
     """
     shared = _shared_prefix(batch)
-    width = max(len(example.ids) for example in batch) - shared
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), shared + width, dtype=torch.long)
-    mask[:, :shared] = 1
+    ids, real = pad_right([example.ids[shared:] for example in batch], pad=0)
+    mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), real], dim=1).long()
     rows, columns, targets, kl = [], [], [], []
     for row, example in enumerate(batch):
-        n = len(example.ids) - shared
-        ids[row, :n] = torch.tensor(example.ids[shared:])
-        mask[row, shared : shared + n] = 1
         for position in range(example.start, len(example.ids)):
             rows.append(row)
             columns.append(position - 1 - shared)

@@ -1,0 +1,221 @@
+"""Edits of activations while a model runs: the one mechanism under ablation, steering and splicing.
+
+An edit holds for every forward pass inside its context, whoever starts it: capture, patching, generation, or a
+plain call of the Hugging Face model. It is told which token each slot of the pass holds, so that an edit of
+"the last prompt token" means the same in a padded batch, in a decoding step, and in a patched run.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rim_core.errors import InputError
+from rim_core.loading import Model
+from rim_core.sites import SITES, tensor_of
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which token each slot of a forward pass holds, counted from the prompt's end.
+
+    -1 is the prompt's last token, 0, 1, ... are generated tokens. `queries` is `[batch, slot]`, `keys`
+    `[batch, key]`: what the slots can attend to, cached tokens first.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One site of one layer: `apply(values, positions)` gives the new values `[batch, slot, width]`.
+
+    `positions` is `Frame.queries`. Heads come flat, `[..., n_heads * head_dim]`. `apply` must not change its
+    input in place. `positional`: whether `apply` looks at the positions.
+    """
+
+    site: str
+    layer: int
+    apply: Callable[[Tensor, Tensor], Tensor]
+    positional: bool = False
+
+
+@dataclass(frozen=True)
+class MaskEdit:
+    """The attention mask of one layer: `apply(mask, frame)` gives the new additive mask.
+
+    The mask comes as `[batch, 1, slot, key]`, 0 where attention is allowed; the result may have a head axis.
+    """
+
+    layer: int
+    apply: Callable[[Tensor, Frame], Tensor]
+    positional: bool = field(default=True, init=False)
+
+
+def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
+    """Which slots `wanted` means, bool `[batch, slot]`: "all", "last" (of the prompt), or positions from its end.
+
+    Generated tokens belong to "all" only.
+
+    Raises:
+        InputError: any other word, or a position that is not below 0.
+    """
+    if wanted == "all":
+        return torch.ones_like(positions, dtype=torch.bool)
+    several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
+    chosen = [-1] if wanted == "last" else list(wanted) if several else [wanted]
+    if not chosen or not all(isinstance(p, int) and p < 0 for p in chosen):
+        raise InputError(
+            f"unknown positions {wanted!r}: 'last', 'all', or whole numbers below 0 (-1 is the last token)"
+        )
+    return torch.isin(positions, torch.tensor(chosen, device=positions.device))
+
+
+def edit_at(
+    positions: str | int | Sequence[int], site: str, layer: int, change: Callable[[Tensor], Tensor]
+) -> Edit:
+    """An edit that puts `change(values)` at the chosen positions (see `at`) and leaves the others as they are."""
+    if positions == "all":
+        return Edit(site, layer, lambda values, _: change(values))
+    at(torch.tensor([[-1]]), positions)  # what it cannot mean is refused here, not in the first pass
+
+    def apply(values: Tensor, slots: Tensor) -> Tensor:
+        return torch.where(at(slots, positions)[..., None], change(values), values)
+
+    return Edit(site, layer, apply, positional=True)
+
+
+def by_layer(model: Model, direction: Any) -> Tensor:
+    """A direction `[d_model]`, or one a layer `[layer, d_model]`, as float32 `[layer, d_model]` where the model is.
+
+    Raises:
+        InputError: another shape, numbers that are not finite, or a direction of length 0.
+    """
+    given = torch.as_tensor(direction, dtype=torch.float32, device=model.device)
+    whole = (model.n_layers, model.d_model)
+    if given.shape not in (whole[1:], whole):
+        raise InputError(
+            f"direction has shape {list(given.shape)}: {model.name} takes [{whole[1]}], or one a layer {list(whole)}"
+        )
+    rows = given.expand(whole)
+    if bad := [layer for layer, row in enumerate(rows) if not 0 < row.norm() < torch.inf]:
+        raise InputError(f"the direction of layer {bad[0]} is zero or not finite: it points nowhere")
+    return rows
+
+
+class _Tracker:
+    """Works out the frame of each pass of the body from the cache's length: prompt first, then decoding steps."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+        self.width: int | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs["inputs_embeds"] if given is None else given
+        batch, slots = given.shape[:2]
+        past = kwargs.get("past_key_values")
+        cached = past.get_seq_length() if past is not None else 0
+        if cached == 0 or self.width is None:
+            self.width = cached + slots
+        keys = torch.arange(cached + slots, device=given.device) - self.width
+        self.frame = Frame(keys[cached:].expand(batch, -1), keys.expand(batch, -1))
+
+
+@contextlib.contextmanager
+def editing(model: Model, edits: Sequence[Edit | MaskEdit]) -> Iterator[Model]:
+    """Within the context the edits hold; contexts nest, the inner one's edits come after the outer one's.
+
+    Raises:
+        InputError: an unknown site, or a layer that the model does not have.
+    """
+    layout, tracker = model.layout, _Tracker()
+    for edit in edits:
+        if isinstance(edit, Edit) and edit.site not in SITES:
+            raise InputError(f"unknown site {edit.site!r}: choose from {', '.join(SITES)}")
+        if not 0 <= edit.layer < model.n_layers:
+            raise InputError(
+                f"layer {edit.layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}"
+            )
+        attention = model.hf.config.get_text_config()._attn_implementation
+        if isinstance(edit, MaskEdit) and attention not in ("eager", "sdpa"):
+            raise InputError(
+                f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'"
+            )
+    inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out}
+    outputs = {"resid_post": layout.layers, "attn_out": layout.attention, "mlp_out": layout.mlp}
+
+    def frame() -> Frame:
+        found = model.frame or tracker.frame
+        assert found is not None, "a layer ran outside the model's body"
+        return found
+
+    handles = [layout.body.register_forward_pre_hook(tracker, with_kwargs=True)]
+    try:
+        for edit in edits:
+            if isinstance(edit, MaskEdit):
+                hook = _mask_hook(edit, frame)
+                handles.append(layout.attention[edit.layer].register_forward_pre_hook(hook, with_kwargs=True))
+            elif edit.site == "mlp_neurons" or edit.site in inputs:
+                neurons = edit.site == "mlp_neurons"
+                module = layout.down_projection(edit.layer) if neurons else inputs[edit.site][edit.layer]
+                handles.append(module.register_forward_pre_hook(_input_hook(edit, frame), with_kwargs=True))
+            else:
+                module = outputs[edit.site][edit.layer]
+                handles.append(module.register_forward_hook(_output_hook(edit, frame)))
+        model.edits.extend(edits)
+        try:
+            yield model
+        finally:
+            del model.edits[len(model.edits) - len(edits) :]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(edit: Edit, frame: Callable[[], Frame]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (edit.apply(args[0], frame().queries), *args[1:]), kwargs
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        return args, {**kwargs, name: edit.apply(kwargs[name], frame().queries)}
+
+    return hook
+
+
+def _output_hook(edit: Edit, frame: Callable[[], Frame]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        edited = edit.apply(tensor_of(output), frame().queries)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    return hook
+
+
+def _mask_hook(edit: MaskEdit, frame: Callable[[], Frame]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if "attention_mask" not in kwargs:
+            raise InputError(f"{type(module).__name__} takes no attention mask by name: it cannot be edited")
+        mask, seen = kwargs["attention_mask"], frame()
+        if mask is not None:
+            # A layer with a sliding window caches its last keys only.
+            seen = Frame(seen.queries, seen.keys[:, -mask.shape[-1] :])
+        mask = additive_mask(mask, seen, hidden.dtype)
+        return args, {**kwargs, "attention_mask": edit.apply(mask, seen)}
+
+    return hook
+
+
+def additive_mask(mask: Tensor | None, frame: Frame, dtype: torch.dtype) -> Tensor:
+    """A layer's mask as numbers to add to the scores, `[batch, 1, slot, key]`; no mask means causal attention."""
+    if mask is None:
+        mask = (frame.keys[:, None, :] <= frame.queries[:, :, None])[:, None]
+    if mask.dtype == torch.bool:
+        # Not minus infinity: a padded slot sees nothing, and its softmax must stay a number.
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+    return mask
