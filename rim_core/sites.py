@@ -83,8 +83,8 @@ class Layout:
         module = self.mlp_out[layer]
         if module is None:
             raise InputError(
-                f"the MLP of layer {layer} is a mixture of experts ({type(self.mlp[layer]).__name__}), which have no "
-                "single neuron basis: choose mlp_out, what they write together"
+                f"the MLP of layer {layer} is a mixture of experts ({type(self.mlp[layer]).__name__}), which has no "
+                "single neuron basis: choose mlp_out, what the experts write together"
             )
         return module
 

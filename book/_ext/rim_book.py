@@ -229,6 +229,27 @@ def _write_all(app: Sphinx, env: BuildEnvironment) -> list[str]:
     return sorted(env.found_docs)
 
 
+class Diagram(SphinxDirective):
+    """`{rim-diagram} name`: the drawing `assets/diagrams/name.svg`, inline, so that it follows light and dark mode.
+
+    The drawing's `<title>` and `<desc>` are what a screen reader says; the content is the caption.
+    """
+
+    has_content = True
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The drawing as it is, in a figure."""
+        path = ASSETS / "diagrams" / f"{self.arguments[0]}.svg"
+        self.env.note_dependency(str(path))
+        try:
+            drawing = path.read_text(encoding="utf-8")
+        except OSError:
+            raise self.error(f"there is no drawing {path.name} in {path.parent}") from None
+        opening = nodes.raw("", f'<figure class="rim-diagram">{drawing}<figcaption>', format="html")
+        return [opening, *self.parse_content_to_nodes(), nodes.raw("", "</figcaption></figure>", format="html")]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the assets, the directives, and the repairs of the theme."""
     app.config.html_static_path.append(str(ASSETS))
@@ -238,6 +259,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("rim-scorecard", Scorecard)
     app.add_directive("rim-claims", Claims)
     app.add_directive("rim-organisms", Organisms)
+    app.add_directive("rim-diagram", Diagram)
     app.connect("builder-inited", _forget_late_style)
     app.connect("env-updated", _write_all)
     app.connect("html-page-context", _repair_page, priority=900)
