@@ -432,6 +432,13 @@ def _load_checkpoint(
         raise InputError(
             f"{ref} is no causal language model that transformers can load: {_first_line(error)}"
         ) from None
+    packed = {type(module).__name__ for module in hf.modules()} & {"Linear4bit", "Linear8bitLt"}
+    if quantization is not None and not packed:
+        # transformers packs plain linear layers only, and goes on silently where a family has its own class.
+        raise InputError(
+            f"{ref} cannot be quantised: {type(hf).__name__} has no linear layer that can be packed; load it with "
+            "quantization=None"
+        )
     hf.eval().requires_grad_(False)
     module: Any
     for module in hf.modules():

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from families import load_tiny, reference
 from tiny import TEXTS
 
 import rim_core as rim
@@ -12,79 +13,21 @@ from rim_core.errors import InputError
 from rim_core.sites import SITES
 from rim_core.weights import cache_dir
 
-FAMILIES = ["llama", "qwen3", "mistral", "gpt_neox", "gpt2", "gemma2"]
-MODULES = {  # family -> (layers, attention, projection, MLP, down projection), written out by hand
-    "llama": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
-    "qwen3": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
-    "mistral": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
-    "gemma2": ("model.layers", "self_attn", "o_proj", "mlp", "down_proj"),
-    "gpt_neox": ("gpt_neox.layers", "attention", "dense", "mlp", "dense_4h_to_h"),
-    "gpt2": ("transformer.h", "attn", "c_proj", "mlp", "c_proj"),
-}
-
-
-def reference(model, family, text):
-    """All six sites of one prompt alone, unpadded, by hooks of this test: site -> [layer, position, width]."""
-    stack, attention, projection, mlp, down = MODULES[family]
-    found = {site: [] for site in SITES}
-    handles = []
-
-    def keep(site, pick):
-        return lambda *call: found[site].append(pick(*call).detach().clone())
-
-    def first(value):
-        return value[0] if isinstance(value, tuple) else value
-
-    for layer in model.hf.get_submodule(stack):
-        attn, feed = getattr(layer, attention), getattr(layer, mlp)
-        outputs = [("resid_post", layer), ("attn_out", attn), ("mlp_out", feed)]
-        handles += [m.register_forward_hook(keep(s, lambda m, a, out: first(out))) for s, m in outputs]
-        inputs = [("head_z", getattr(attn, projection)), ("mlp_neurons", getattr(feed, down))]
-        handles += [m.register_forward_pre_hook(keep(s, lambda m, args: args[0])) for s, m in inputs]
-    ids = model.tokenizer(text, return_tensors="pt").input_ids
-    with torch.no_grad():
-        hidden = model.hf(ids, output_hidden_states=True).hidden_states
-    for handle in handles:
-        handle.remove()
-    found["resid_pre"] = list(hidden[: model.n_layers])
-    return {site: torch.stack(values)[:, 0] for site, values in found.items()}
-
 
 def assert_close(found, wanted):
     scale = wanted.abs().max()
     assert (found - wanted).abs().max() <= 1e-4 * scale, (found - wanted).abs().max() / scale
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("quantization", ["nf4", None])
-def test_every_site_of_every_prompt_equals_plain_hooks(tiny_folder, family, quantization):
-    model = rim.load(str(tiny_folder(family)), quantization=quantization, device="cpu")
-    last = rim.capture(model, TEXTS, SITES)
-    every = rim.capture(model, TEXTS, SITES, positions="all")
-    for row, text in enumerate(TEXTS):
-        wanted = reference(model, family, text)
-        length = wanted["resid_pre"].shape[1]
-        assert every.mask[row].sum() == length
-        for site in SITES:
-            flat = last[site][row].flatten(1)
-            assert_close(flat, wanted[site][:, -1])
-            assert_close(every[site][row, -length:].flatten(2).transpose(0, 1), wanted[site])
-            assert not every[site][row, :-length].any()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("quantization", ["nf4", None])
-def test_a_shared_beginning_changes_no_number(tiny_folder, family, quantization):
-    """Chat prompts start alike; with a window of 6 tokens (mistral) the beginning is partly out of sight."""
-    model = rim.load(str(tiny_folder(family)), quantization=quantization, device="cpu")
+def test_a_shared_beginning_changes_no_number():
+    """With a window of 6 tokens the beginning is partly out of sight."""
+    model = load_tiny("mistral", "nf4")
     texts = rim.format_chat(model, TEXTS, system="You answer in a few plain words and stay on the topic.")
     last = rim.capture(model, texts, SITES)
-    two = rim.capture(model, texts, SITES, positions=[-1, -4])
     for row, text in enumerate(texts):
-        wanted = reference(model, family, text)
+        wanted, _ = reference(model, "mistral", text)
         for site in SITES:
             assert_close(last[site][row].flatten(1), wanted[site][:, -1])
-            assert_close(two[site][row, 1].flatten(1), wanted[site][:, -4])
 
 
 def test_named_positions_count_from_each_prompt_s_end(tiny_folder):

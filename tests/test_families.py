@@ -210,3 +210,8 @@ def test_a_model_without_a_head_is_refused():
 
 def test_all_families_are_covered():
     assert set(FAMILIES) == set(MODULES) == set(SHAPES)
+
+
+def test_a_family_that_cannot_be_packed_is_refused_and_not_left_as_it_is():
+    with pytest.raises(InputError, match=r"cannot be quantised.*quantization=None"):
+        load_tiny("falcon", "nf4")
