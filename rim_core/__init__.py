@@ -9,48 +9,35 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "loading",
-    "load_suite": "loading",
-    "Model": "loading",
-    "Suite": "loading",
-    "load_prompts": "prompts",
-    "Prompt": "prompts",
-    "format_chat": "prompts",
-    "capture": "activations",
-    "Activations": "activations",
-    "probe_layers": "probes",
-    "adjacent_similarity": "probes",
-    "generate": "behaviour",
-    "refusal_rate": "behaviour",
-    "attack_success_rate": "behaviour",
-    "claims": "outcomes",
-    "patch": "patching",
-    "attribution_patch": "attribution",
-    "neurons_above": "patching",
-    "Projection": "metrics",
-    "LogitDifference": "metrics",
-    "ProbeScore": "metrics",
-    "find_span": "tracing",
+    name: module
+    for module, names in {
+        "loading": "load load_suite Model Suite",
+        "prompts": "load_prompts Prompt format_chat",
+        "tracing": "find_span",
+        "activations": "capture Activations",
+        "probes": "probe_layers adjacent_similarity",
+        "metrics": "Projection LogitDifference ProbeScore",
+        "patching": "patch neurons_above",
+        "attribution": "attribution_patch",
+        "ablation": "ablate random_heads random_sets knock_out",
+        "steering": "steer random_direction",
+        "lens": "logit_lens direct_logit_attribution head_contributions unembedding_direction",
+        "attention": "attention_patterns attention_to_spans",
+        "directions": "difference_in_means project cosine whitened_cosine procrustes procrustes_ranks "
+        "principal_angles shared_subspace erosion_fraction",
+        "neurons": "safety_neurons activation_shift",
+        "gradients": "gradient_cosines per_example_gradients",
+        "likelihood": "log_likelihood kl_divergence",
+        "sae": "train_sae evaluate_sae cross_entropy_recovered latent_correlations random_features splice save_sae "
+        "load_sae",
+        "behaviour": "generate refusal_rate attack_success_rate",
+        "outcomes": "claims",
+    }.items()
+    for name in names.split()
 }
 _MODULES = {
-    "activations",
-    "attribution",
-    "behaviour",
-    "charts",
-    "checks",
-    "editing",
-    "errors",
-    "loading",
-    "metrics",
-    "organisms",
-    "outcomes",
-    "patching",
-    "probes",
-    "prompts",
-    "runner",
-    "sites",
-    "stats",
-    "tracing",
+    *_PUBLIC.values(),
+    *("charts", "checks", "editing", "errors", "organisms", "runner", "sites", "stats"),
 }
 __all__ = sorted([*_PUBLIC, *_MODULES])
 

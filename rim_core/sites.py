@@ -238,7 +238,9 @@ def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
     module = layout.attention_out[layer]
     heads = torch.eye(layout.n_heads, device=z.device, dtype=z.dtype)
     spread = z.unsqueeze(-3) * heads.unsqueeze(-1)
-    return module(spread.flatten(-2)) - module(torch.zeros_like(spread[..., :1, :, :]).flatten(-2))
+    # Not through the module's hooks: an active edit has had its turn when z was read.
+    nothing = torch.zeros_like(spread[..., :1, :, :])
+    return module.forward(spread.flatten(-2)) - module.forward(nothing.flatten(-2))
 
 
 def pull_back(module: nn.Module, w: Tensor) -> Tensor:
@@ -249,6 +251,7 @@ def pull_back(module: nn.Module, w: Tensor) -> Tensor:
     with torch.enable_grad():
         probe = torch.zeros(*w.shape[:-1], in_features(module), device=w.device, dtype=w.dtype)
         probe.requires_grad_(True)
-        output = module(probe)
+        # Not through the module's hooks: an active edit of its input is not part of the weights.
+        output = module.forward(probe)
         (found,) = torch.autograd.grad(output, probe, w.to(output.dtype))
     return found

@@ -1,0 +1,209 @@
+"""Attention patterns, against Hugging Face's own eager attention, closed forms and knocked-out keys."""
+
+import pytest
+import torch
+from families import family_folder, load_tiny, write_family
+from tiny import TEXTS
+from transformers import AutoModelForCausalLM
+
+import rim_core as rim
+from rim_core import attention
+from rim_core.editing import MaskEdit, editing
+from rim_core.errors import InputError
+from rim_core.tracing import find_span
+
+FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "cohere2"]
+
+
+def plain(hf, tokenizer, text):
+    """All patterns of one prompt alone, unpadded, `[layer, head, query, key]`."""
+    with torch.no_grad():
+        out = hf(tokenizer(text, return_tensors="pt").input_ids, output_attentions=True)
+    return torch.cat(out.attentions)
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patterns_equal_hugging_face_s_eager_attention(family):
+    model = load_tiny(family)
+    eager = AutoModelForCausalLM.from_pretrained(family_folder(family), attn_implementation="eager").eval()
+    every = attention.attention_patterns(model, TEXTS, queries="all")
+    last = attention.attention_patterns(model, TEXTS, layers=[2, 0])
+    two = attention.attention_patterns(model, TEXTS, queries=[-1, -4]).probabilities
+    assert every.probabilities.shape == (3, len(every.queries), 3, model.n_heads, every.mask.shape[1])
+    for row, text in enumerate(TEXTS):
+        wanted = plain(eager, model.tokenizer, text).permute(2, 0, 1, 3)
+        length = len(wanted)
+        assert every.mask[row].sum() == length
+        found = every.probabilities[row]
+        assert torch.allclose(found[-length:, ..., -length:], wanted, atol=1e-5)
+        assert not found[:-length].any()
+        assert not found[..., :-length].any()
+        assert torch.allclose(found[-length:].sum(-1), torch.ones(length, 3, model.n_heads), atol=1e-5)
+        assert torch.allclose(last.probabilities[row, ..., -length:], wanted[-1, [2, 0]], atol=1e-5)
+        assert torch.allclose(two[row, ..., -length:], wanted[[-1, -4]], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_patterns_of_a_quantised_model(family):
+    model = load_tiny(family, "nf4")
+    found = attention.attention_patterns(model, TEXTS).probabilities
+    before = model.hf.config._attn_implementation
+    model.hf.set_attn_implementation("eager")
+    wanted = [plain(model.hf, model.tokenizer, text)[:, :, -1] for text in TEXTS]
+    model.hf.set_attn_implementation(before)
+    for row, pattern in enumerate(wanted):
+        assert torch.allclose(found[row, ..., -pattern.shape[-1] :], pattern, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was():
+    model = load_tiny("mistral")
+    ids = model.tokenizer(TEXTS[1], return_tensors="pt").input_ids
+    before = model.hf.config._attn_implementation, hooks(model), model.hf(ids).logits
+    assert before[0] == "sdpa"
+    attention.attention_patterns(model, TEXTS)
+    handle = model.layout.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention.attention_to_spans(model, TEXTS, {"end": [[-1]] * 3})
+    handle.remove()
+    assert (model.hf.config._attn_implementation, hooks(model)) == before[:2]
+    assert torch.equal(model.hf(ids).logits, before[2])
+
+
+def test_a_model_that_cannot_show_its_attention_is_refused():
+    model = load_tiny("falcon")
+    with pytest.raises(InputError, match="does not give its attention probabilities"):
+        attention.attention_patterns(model, TEXTS)
+    assert model.hf.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_spans_take_their_share_of_the_pattern(family):
+    model = load_tiny(family)
+    patterns = attention.attention_patterns(model, TEXTS, queries=-2)
+    lengths = patterns.mask.sum(dim=1).tolist()
+    spans = {
+        "first": [[-length] for length in lengths],
+        "start": [list(range(-length, -4)) for length in lengths],
+        "rest": [[-4, -3, -2]] * 3,
+        "none": [[], [-3], []],
+    }
+    found = attention.attention_to_spans(model, TEXTS, spans, query=-2)
+    assert found.mass.shape == (3, model.n_layers, model.n_heads, 4)
+    for row in range(3):
+        for number, positions in enumerate(spans.values()):
+            wanted = patterns.probabilities[row][..., positions[row]].sum(-1)
+            assert torch.allclose(found.mass[row, ..., number], wanted, atol=1e-6)
+    start, rest, none = (found.mass[..., number] for number in (1, 2, 3))
+    assert torch.allclose(start + rest, torch.ones_like(start), atol=1e-5)
+    assert not none[[0, 2]].any()
+    assert torch.equal(found.difference("start", minus="rest"), start - rest)
+
+
+def test_a_span_found_by_its_words_is_the_one_attended_to():
+    """A head made to look at one word only: its key is the only one not knocked out."""
+    model = load_tiny("llama")
+    texts = [f"{text} The sky there. Why?" for text in TEXTS]
+    spans = {"sky": find_span(model.tokenizer, texts, " sky"), "end": [[-1]] * 3}
+    seen = torch.tensor(spans["sky"])
+    assert seen.shape == (3, 1)
+
+    def only_sky(mask, frame):
+        blocked = frame.keys[:, None, None, :] != seen[:1, None, None, :]
+        return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+
+    plain_mass = attention.attention_to_spans(model, texts, spans).mass
+    with editing(model, [MaskEdit(1, only_sky)]):
+        found = attention.attention_to_spans(model, texts, spans).mass
+    assert torch.equal(found[:, 0], plain_mass[:, 0])
+    assert torch.allclose(found[:, 1, :, 0], torch.ones(3, model.n_heads))
+    assert not found[:, 1, :, 1].any()
+
+
+def test_batches_of_any_size_give_the_same_numbers(monkeypatch):
+    model = load_tiny("gpt2")
+    spans = {"last two": [[-1, -2]] * 3}
+    together = attention.attention_patterns(model, TEXTS, queries="all").probabilities
+    mass = attention.attention_to_spans(model, TEXTS, spans).mass
+    monkeypatch.setattr(attention, "_PATTERN", 1)
+    alone = attention.attention_patterns(model, TEXTS, queries="all").probabilities
+    assert torch.allclose(alone, together, atol=1e-5)
+    assert torch.allclose(attention.attention_to_spans(model, TEXTS, spans).mass, mass, atol=1e-5)
+
+
+def test_entropy_of_even_attention_is_the_logarithm_of_the_tokens_seen(tmp_path):
+    model = rim.load(str(write_family(tmp_path, "llama")), quantization=None, device="cpu")
+    for module in model.layout.attention:
+        module.q_proj.weight.zero_()  # no query prefers any key
+    found = attention.attention_patterns(model, TEXTS, queries="all")
+    lengths = found.mask.sum(dim=1)
+    for row, length in enumerate(lengths.tolist()):
+        wanted = torch.arange(1.0, length + 1).log()[:, None, None].expand(-1, 3, model.n_heads)
+        assert torch.allclose(found.entropy[row, -length:], wanted, atol=1e-5)
+    frame = found.to_frame().set_index(["query", "layer", "head"])
+    assert frame.loc[(-1, 0, 0), "mean"] == pytest.approx(float(lengths.double().log().mean()), abs=1e-5)
+    furthest = frame.loc[(-int(lengths.max()), 0, 0)]
+    assert (furthest["n"], furthest["mean"]) == (1, pytest.approx(0, abs=1e-5))
+
+
+def test_frames_and_pictures():
+    model = load_tiny("llama")
+    patterns = attention.attention_patterns(model, TEXTS)
+    spans = attention.attention_to_spans(model, TEXTS, {"start": [[-4, -3]] * 3, "end": [[-2, -1]] * 3})
+    row = spans.to_frame().set_index(["layer", "head", "span"]).loc[(1, 2, "end")]
+    wanted = rim.stats.t_interval(spans.mass[:, 1, 2, 1].double().numpy())
+    assert [row["mean"], row["low"], row["high"]] == pytest.approx([wanted.estimate, wanted.low, wanted.high])
+    charts = [patterns.plot(), patterns.plot(1, 0), spans.plot("end"), spans.plot("end", minus="start")]
+    for chart in charts:
+        assert len(chart.to_dict()["description"]) > 40
+    layer, head = divmod(int(spans.mass[..., 1].mean(0).argmax()), model.n_heads)
+    assert f"highest: layer {layer}, head {head} with" in charts[2].to_dict()["description"]
+    with pytest.raises(InputError, match="no layer 7"):
+        patterns.plot(layer=7)
+    with pytest.raises(InputError, match="no span 'middle'; this holds start, end"):
+        spans.plot("middle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"layers": [3]}, "layer 3 is out of range"),
+        ({"layers": []}, "out of range"),
+        ({"queries": "first"}, "unknown queries 'first'"),
+        ({"queries": 0}, "query 0 is out of range"),
+        ({"queries": [-1, -400]}, "query -400 is out of range"),
+        ({"queries": []}, "out of range"),
+        ({"texts": []}, "no texts"),
+    ],
+)
+def test_bad_arguments_of_patterns_get_one_line(arguments, says):
+    with pytest.raises(InputError, match=says):
+        attention.attention_patterns(load_tiny("llama"), **{"texts": TEXTS, **arguments})
+
+
+def test_a_result_too_large_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(attention, "_RESULT", 100)
+    with pytest.raises(InputError, match="more than 2 GB"):
+        attention.attention_patterns(load_tiny("llama"), TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"spans": {}}, "no spans"),
+        ({"spans": {"a": [[-1]]}}, "'a' has 1 lists of positions for 3 texts"),
+        ({"spans": {"a": [[-1], [0], [-1]]}}, "'a' holds position 0 in text 1"),
+        ({"spans": {"a": [[-1], [-1], [-99]]}}, "'a' holds position -99 in text 2"),
+        ({"query": -2}, "'a' holds position -1 in text 0; the query at -2"),
+        ({"query": "all"}, "query 'all' must be 'last' or one position"),
+        ({"query": -99}, "query -99 is out of range"),
+    ],
+)
+def test_bad_arguments_of_spans_get_one_line(arguments, says):
+    with pytest.raises(InputError, match=says):
+        attention.attention_to_spans(
+            load_tiny("llama"), **{"texts": TEXTS, "spans": {"a": [[-1]] * 3}, **arguments}
+        )
