@@ -244,6 +244,8 @@ class Model:
             else:
                 self.hf.enable_adapters()
                 self.hf.set_adapter(adapter)
+                # PEFT makes the active adapter trainable, and every gradient would keep a graph through it.
+                self.hf.requires_grad_(False)
         self._active, self.role = adapter, role
 
     def _adapter(self, source: str) -> str:

@@ -237,10 +237,12 @@ def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
     """
     module = layout.attention_out[layer]
     heads = torch.eye(layout.n_heads, device=z.device, dtype=z.dtype)
-    spread = z.unsqueeze(-3) * heads.unsqueeze(-1)
+    # Flat rows: 8-bit modules take no more axes.
+    spread = (z.unsqueeze(-3) * heads.unsqueeze(-1)).flatten(-2)
+    rows = spread.reshape(-1, spread.shape[-1])
     # Not through the module's hooks: an active edit has had its turn when z was read.
-    nothing = torch.zeros_like(spread[..., :1, :, :])
-    return module.forward(spread.flatten(-2)) - module.forward(nothing.flatten(-2))
+    written = module.forward(rows) - module.forward(torch.zeros_like(rows[:1]))
+    return written.reshape(*spread.shape[:-1], -1)
 
 
 def pull_back(module: nn.Module, w: Tensor) -> Tensor:
