@@ -308,7 +308,7 @@ def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device
             model._switch(role.name)
         else:
             model.role = role.name
-    model.checks = identity_checks.measure(hf, tokenizer, model.layout, number)
+    model.checks = identity_checks.measure(hf, tokenizer, model.layout, number, quantization)
     return model
 
 

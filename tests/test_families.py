@@ -215,3 +215,11 @@ def test_all_families_are_covered():
 def test_a_family_that_cannot_be_packed_is_refused_and_not_left_as_it_is():
     with pytest.raises(InputError, match=r"cannot be quantised.*quantization=None"):
         load_tiny("falcon", "nf4")
+
+
+def test_int8_loads_and_its_captures_are_those_of_full_precision_up_to_its_rounding():
+    exact, rounded = load_tiny("llama"), load_tiny("llama", "int8")
+    texts = ["Why is the sky blue?", "How do I bake bread?"]
+    a, b = (rim.capture(model, texts, "head_z")["head_z"] for model in (exact, rounded))
+    assert not torch.equal(a, b)
+    assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.99
