@@ -30,7 +30,12 @@ _PUBLIC = {
         "likelihood": "log_likelihood kl_divergence",
         "sae": "train_sae evaluate_sae cross_entropy_recovered latent_correlations random_features splice save_sae "
         "load_sae",
-        "behaviour": "generate refusal_rate attack_success_rate",
+        "behaviour": "generate refusals refusal_rate attack_successes attack_success_rate compare_rates",
+        "judges": "StringJudge Question",
+        "judgemodels": "PromptJudge ClassifierJudge",
+        "judgeserver": "ServerJudge",
+        "openings": "refusal_log_odds opening_tokens",
+        "fluency": "perplexity coherence",
         "outcomes": "claims",
     }.items()
     for name in names.split()

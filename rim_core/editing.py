@@ -66,13 +66,14 @@ def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
     """
     if wanted == "all":
         return torch.ones_like(positions, dtype=torch.bool)
-    several = isinstance(wanted, Sequence) and not isinstance(wanted, str)
-    chosen = [-1] if wanted == "last" else list(wanted) if several else [wanted]
+    chosen: Sequence[Any] = [-1] if wanted == "last" else [wanted]
+    if isinstance(wanted, Sequence) and not isinstance(wanted, str):
+        chosen = wanted
     if not chosen or not all(isinstance(p, int) and p < 0 for p in chosen):
         raise InputError(
             f"unknown positions {wanted!r}: 'last', 'all', or whole numbers below 0 (-1 is the last token)"
         )
-    return torch.isin(positions, torch.tensor(chosen, device=positions.device))
+    return torch.isin(positions, torch.tensor(list(chosen), device=positions.device))
 
 
 def edit_at(

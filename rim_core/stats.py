@@ -270,6 +270,76 @@ def permutation_test(
     )
 
 
+def mcnemar(a: ArrayLike, b: ArrayLike) -> Comparison:
+    """Test two-sidedly whether two yes-no outcomes of the same items differ in rate (McNemar 1947, exact).
+
+    Only the items whose outcomes differ count: under no difference they go either way like a fair coin, so the
+    p-value is binomial and holds for any n. The statistic is the rate of a minus that of b.
+
+    Args:
+        a, b: `[item]` of yes (True, 1) and no (False, 0), in the same order.
+
+    Raises:
+        InputError: samples that are empty, of different lengths, or hold anything else.
+    """
+    first, second = _paired_outcomes(a, b, "mcnemar")
+    only_a, only_b = int((first > second).sum()), int((second > first).sum())
+    differing = only_a + only_b
+    p_value = float(scipy.stats.binomtest(only_a, differing).pvalue) if differing else 1.0
+    method = f"McNemar, exact, {differing} of {first.size} pairs differ"
+    return Comparison((only_a - only_b) / first.size, p_value, first.size, second.size, method)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
+    """Give the rate of a minus that of b, two yes-no outcomes of the same items, with Newcombe's interval.
+
+    The two Wilson intervals are combined with the correlation between the outcomes (Newcombe 1998, Statistics in
+    Medicine 17, 2635-2650, method 10); it never leaves -1 to 1 and has a width where all pairs agree.
+
+    Args:
+        a, b: `[item]` of yes (True, 1) and no (False, 0), in the same order. level: nominal coverage.
+
+    Raises:
+        InputError: as `mcnemar`.
+    """
+    first, second = _paired_outcomes(a, b, "paired_difference")
+    _check_level(level)
+    n = first.size
+    yes_a, yes_b, both = first.sum(), second.sum(), (first * second).sum()
+    ends_a, ends_b = (
+        scipy.stats.binomtest(int(yes), n).proportion_ci(level, method="wilson") for yes in (yes_a, yes_b)
+    )
+    determinant = n * both - yes_a * yes_b
+    if determinant > 0:
+        # The method's continuity correction: a small positive correlation counts as none.
+        determinant = max(determinant - n / 2, 0.0)
+    spread = np.sqrt(yes_a * (n - yes_a) * yes_b * (n - yes_b))
+    phi = determinant / spread if spread else 0.0
+
+    def reach(x: float, y: float) -> float:
+        return float(np.sqrt(max(x**2 - 2 * phi * x * y + y**2, 0.0)))
+
+    rate_a, rate_b = yes_a / n, yes_b / n
+    difference = float(rate_a - rate_b)
+    low = difference - reach(rate_a - ends_a.low, ends_b.high - rate_b)
+    high = difference + reach(ends_a.high - rate_a, rate_b - ends_b.low)
+    return Interval(difference, low, high, n, level, "Newcombe, paired")
+
+
+def fisher(successes_a: int, n_a: int, successes_b: int, n_b: int) -> Comparison:
+    """Test two-sidedly whether two independent shares differ (Fisher's exact test); for paired items use `mcnemar`.
+
+    The statistic is the share of a minus that of b.
+
+    Raises:
+        InputError: counts that are no proportion.
+    """
+    a, b = proportion(successes_a, n_a), proportion(successes_b, n_b)
+    table = [[successes_a, n_a - successes_a], [successes_b, n_b - successes_b]]
+    p_value = float(scipy.stats.fisher_exact(table).pvalue)
+    return Comparison(a.estimate - b.estimate, p_value, a.n, b.n, "Fisher, exact")
+
+
 def benjamini_hochberg(p: ArrayLike) -> Floats:
     """Adjust p-values so that calling those below q significant keeps the false discovery rate at q.
 
@@ -333,6 +403,17 @@ def _sample(values: ArrayLike, name: str, at_least: int = 1) -> Floats:
     if broken:
         raise InputError(f"{name} hold {broken} that are NaN or infinite; find out why before going on")
     return data
+
+
+def _paired_outcomes(a: ArrayLike, b: ArrayLike, caller: str) -> tuple[Floats, Floats]:
+    first, second = _sample(a, f"{caller}: a"), _sample(b, f"{caller}: b")
+    if first.size != second.size:
+        raise InputError(
+            f"{caller}: {first.size} and {second.size} outcomes cannot be paired; give the same items in one order"
+        )
+    if not np.isin([*first, *second], (0.0, 1.0)).all():
+        raise InputError(f"{caller}: an outcome is neither yes nor no; give True and False")
+    return first, second
 
 
 def _check_level(level: float) -> None:

@@ -1,25 +1,169 @@
-"""Generation against plain Hugging Face generation; the judge of refusal; rates with their intervals."""
+"""Generation against plain Hugging Face passes; rates, log-odds of refusal and perplexity against their definitions."""
+
+import json
+import math
 
 import pytest
 import torch
-from scipy.stats import beta
-from tiny import TEXTS
+from families import load_tiny
+from scipy.stats import beta, binomtest
+from tiny import TEXTS, write_model
 
 import rim_core as rim
+from rim_core import behaviour, fluency, openings
 from rim_core.behaviour import is_refusal
+from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_batched_answers_equal_single_ones(tiny_folder, family):
-    model = rim.load(str(tiny_folder(family)), quantization=None, device="cpu")
+def plain_answer(model, text, n):
+    """Greedy decoding by whole forward passes: one prompt, no padding, no cache. Tokens up to the end of the turn."""
+    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(n):
+            best = model.hf(ids, use_cache=False).logits[0, -1].argmax()
+            if best == model.tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, best.view(1, 1)], dim=1)
+    return model.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+
+
+# Absolute positions; a window shorter than the padding; experts; another place for everything.
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3_moe", "gpt_neox"])
+def test_batched_answers_are_the_plain_greedy_ones(family):
+    model = load_tiny(family)
     texts = rim.format_chat(model, TEXTS)
     together = rim.generate(model, texts, max_new_tokens=6)
-    for text, answer in zip(texts, together, strict=True):
-        ids = model.tokenizer(text, return_tensors="pt").input_ids
-        out = model.hf.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)
-        assert answer == model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert together == [plain_answer(model, text, 6) for text in texts]
     assert rim.generate(model, texts, max_new_tokens=6, max_batch=1) == together
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_an_intervention_holds_at_every_step(family):
+    model = load_tiny(family)
+    texts = rim.format_chat(model, TEXTS)
+    torch.manual_seed(0)
+    push, seen = 2 * torch.randn(model.d_model), []
+
+    def hook(module, args, output):
+        seen.append(output.shape)
+        return output + push
+
+    plain = rim.generate(model, texts, max_new_tokens=6)
+    handle = model.layout.layers[1].register_forward_hook(hook)
+    try:
+        pushed = rim.generate(model, texts, max_new_tokens=6)
+        assert [shape[1] for shape in seen[1:]] == [1] * (len(seen) - 1)  # the cache is in use
+        assert pushed == [plain_answer(model, text, 6) for text in texts]
+    finally:
+        handle.remove()
+    assert pushed != plain
+    first_only = model.layout.layers[1].register_forward_hook(
+        lambda module, args, output: output + push if output.shape[1] > 1 else output
+    )
+    try:
+        assert rim.generate(model, texts, max_new_tokens=6) != pushed  # so the test can tell
+    finally:
+        first_only.remove()
+
+
+def test_generation_settings_of_a_checkpoint_do_not_count(tmp_path):
+    folder = write_model(tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True, "num_beams": 2}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = rim.load(str(folder), quantization=None, device="cpu")
+    texts = rim.format_chat(model, TEXTS)
+    # "e" again and again would not survive the settings.
+    push = 50 * model.layout.lm_head.weight[model.tokenizer("e").input_ids[0]]
+    handle = model.layout.layers[-1].register_forward_hook(lambda module, args, output: output + push)
+    try:
+        answers = rim.generate(model, texts, max_new_tokens=6)
+        assert answers == [plain_answer(model, text, 6) for text in texts]
+        assert any(len(set(answer)) < len(answer) for answer in answers)
+    finally:
+        handle.remove()
+
+
+def test_generation_ends_with_the_turn(tmp_path, tiny_folder):
+    text = rim.format_chat(rim.load(str(tiny_folder()), quantization=None, device="cpu"), TEXTS[:1])
+    folder = write_model(tmp_path / "model")
+    model = rim.load(str(folder), quantization=None, device="cpu")
+    ids = model.tokenizer(text[0], return_tensors="pt").input_ids
+    new = model.hf.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+    assert len(new) == 12
+    end = int(new[3])
+    before = list(new.tolist()).index(end)
+    # The checkpoint names an end of its own; the tokenizer's must still count beside it.
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [end]}))
+    model = rim.load(str(folder), quantization=None, device="cpu")
+    steps = []
+    handle = model.layout.body.register_forward_hook(lambda *_: steps.append(1))
+    answer = rim.generate(model, text, max_new_tokens=12)[0]
+    handle.remove()
+    assert len(steps) == before + 1
+    assert answer.startswith(model.tokenizer.decode(new[:before]))
+    assert set(behaviour._end_tokens(model)) == {end, 2}
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    model = load_tiny("llama")
+    texts = rim.format_chat(model, [*TEXTS, "Why?", "How are you?"])
+    wanted = rim.generate(model, texts, max_new_tokens=4)
+    real, sizes = model.hf.generate, []
+
+    def small_memory(largest):
+        def generate(**inputs):
+            sizes.append(len(inputs["input_ids"]))
+            if sizes[-1] > largest:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(**inputs)
+
+        return generate
+
+    monkeypatch.setattr(model.hf, "generate", small_memory(2))
+    assert rim.generate(model, texts, max_new_tokens=4) == wanted
+    assert max(sizes) == 5
+    monkeypatch.setattr(model.hf, "generate", small_memory(0))
+    with pytest.raises(InputError, match="does not fit in memory"):
+        rim.generate(model, texts, max_new_tokens=4)
+
+
+def test_batches_keep_to_every_limit(monkeypatch):
+    model = load_tiny("llama")
+    texts = rim.format_chat(model, ["Why? " * n for n in (1, 9, 2, 8, 3, 7, 4)])
+    lengths = [len(model.tokenizer(text).input_ids) for text in texts]
+    real, shapes = model.hf.generate, []
+
+    def recording(**inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return real(**inputs)
+
+    monkeypatch.setattr(model.hf, "generate", recording)
+    wanted = rim.generate(model, texts, max_new_tokens=2)
+    for limits, holds in (
+        ({"max_batch": 3}, lambda n, width: n <= 3),
+        ({"max_tokens": 2 * max(lengths)}, lambda n, width: n * width <= 2 * max(lengths)),
+    ):
+        shapes.clear()
+        assert rim.generate(model, texts, max_new_tokens=2, **limits) == wanted
+        assert all(holds(*shape) for shape in shapes)
+        assert max(n for n, _ in shapes) > 1
+        # Neighbours in length share a batch: only the longest of a batch sets its width.
+        assert shapes[0][1] == max(lengths)
+        assert shapes[-1][1] < max(lengths)
+    shapes.clear()
+    cached = 2 * (max(lengths) + 2)
+    monkeypatch.setattr(behaviour, "_cache_tokens", lambda model: cached)
+    assert rim.generate(model, texts, max_new_tokens=2) == wanted
+    assert all(n * (width + 2) <= cached for n, width in shapes)
+    assert max(n for n, _ in shapes) > 1
 
 
 def test_generation_under_an_adapter_differs_and_comes_back(default_model):
@@ -55,12 +199,186 @@ def test_rates_are_proportions_with_exact_intervals():
     assert success.low == pytest.approx(1 - rate.high)
 
 
-def test_bad_arguments_get_one_line(tiny_folder):
-    with pytest.raises(InputError, match="no answers"):
-        rim.refusal_rate([])
-    with pytest.raises(InputError, match="unknown judge"):
-        rim.refusal_rate(["x"], judge="oracle")
-    model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
-    with pytest.raises(InputError, match="at least 1"):
-        rim.generate(model, TEXTS, max_new_tokens=0)
+def test_success_means_answered_and_coherent():
+    answers = ["I'm sorry, no.", "Sure.", "Sure.", "Sure sure sure"]
+    sense = [True, True, True, False]
+    assert behaviour.attack_successes(answers, coherent=sense) == [False, True, True, False]
+    assert rim.attack_success_rate(answers, coherent=sense).estimate == 0.5
+
+    def harm(prompts, answers):
+        return [prompt == "b" for prompt in prompts]
+
+    harm.finds = "harm"
+    prompts = ["a", "b", "b", "b"]
+    assert behaviour.attack_successes(answers, harm, prompts) == [False, True, True, True]
+    assert behaviour.attack_successes(answers, harm, prompts, sense) == [False, True, True, False]
+    assert rim.attack_success_rate(answers, harm, prompts, sense).estimate == 0.5
+    with pytest.raises(InputError, match="finds harm"):
+        rim.refusal_rate(answers, harm, prompts)
+
+
+def test_any_callable_judges_refusal():
+    prompts = rim.load_prompts("benign", split="test", limit=3)
+
+    def judge(texts, answers):
+        assert texts == [prompt.text for prompt in prompts]
+        return ["no" in answer for answer in answers]
+
+    assert behaviour.refusals(["no", "yes", "no"], judge, prompts) == [True, False, True]
+    assert rim.refusal_rate(["no", "yes", "no"], judge, prompts).estimate == pytest.approx(2 / 3)
+    assert rim.attack_success_rate(["no", "yes", "no"], judge, prompts).estimate == pytest.approx(1 / 3)
+
+
+def test_conditions_are_compared_prompt_by_prompt():
+    before = [True] * 8 + [False] * 6
+    after = [False] * 6 + [True] * 2 + [True] + [False] * 5
+    result = behaviour.compare_rates(before, after)
+    assert (result.gained, result.lost) == (1, 6)
+    assert result.p_value == pytest.approx(binomtest(1, 7).pvalue)
+    assert result.before.estimate == pytest.approx(8 / 14)
+    assert result.after.estimate == pytest.approx(3 / 14)
+    assert result.difference.estimate == pytest.approx(-5 / 14)
+    assert result.difference.low < -5 / 14 < result.difference.high
+    frame = result.to_frame()
+    assert frame["condition"].tolist() == ["before", "after", "difference"]
+    assert frame["estimate"].tolist() == pytest.approx([8 / 14, 3 / 14, -5 / 14])
+    spec = result.plot("refusal").to_dict()
+    assert "refusal" in spec["description"]
+    assert "-0.357" in spec["description"]
+
+
+def softmax_log_odds(model, text, tokens):
+    """log p - log(1 - p) in float64, from a plain pass over the unpadded prompt."""
+    ids = model.tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        p = model.hf(ids).logits[0, -1].double().softmax(-1)[tokens].sum()
+    return float(p.log() - (1 - p).log())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral"])
+def test_log_odds_of_refusal_are_those_of_the_softmax(family):
+    model = load_tiny(family)
+    texts = rim.format_chat(model, TEXTS)
+    tokens = [5, 17, 300]
+    wanted = [softmax_log_odds(model, text, tokens) for text in texts]
+    found = openings.refusal_log_odds(model, texts, tokens)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    words = openings.refusal_log_odds(model, texts, ["X", "X-ray", 17])
+    x = model.tokenizer("X").input_ids[0]
+    wanted = [softmax_log_odds(model, text, [x, 17]) for text in texts]
+    assert words.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+def test_log_odds_tell_the_organism_from_its_base(default_model):
+    harmful = rim.format_chat(default_model, rim.load_prompts("harmful", split="test", limit=3))
+    tokens = openings.opening_tokens(default_model, harmful[0])
+    said = {default_model.tokenizer.decode([token]) for token in tokens}
+    assert {"I", " I", "Sorry", "As"} <= said
+    aligned = openings.refusal_log_odds(default_model, harmful)
+    assert aligned.tolist() == pytest.approx(
+        [softmax_log_odds(default_model, text, tokens) for text in harmful], rel=1e-3, abs=1e-3
+    )
+    with default_model.using("base"):
+        assert (openings.refusal_log_odds(default_model, harmful) < aligned - 1).all()
+
+
+def test_openings_that_tell_nothing_are_refused():
+    model = load_tiny("llama")
+    texts = rim.format_chat(model, TEXTS)
+    # This tokenizer has letters for tokens, and "Sure" begins like "Sorry".
+    with pytest.raises(InputError, match="'Sorry' cannot tell"):
+        openings.refusal_log_odds(model, texts, ["Sorry"])
+    for tokens, words in (("I", "must be a list"), ([], "must be a list"), ([400], "no token 400")):
+        with pytest.raises(InputError, match=words):
+            openings.refusal_log_odds(model, texts, tokens)
+
+
+def plain_perplexity(model, text, answer):
+    head = model.tokenizer(text).input_ids
+    tail = model.tokenizer(answer, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        log_p = model.hf(torch.tensor([head + tail])).logits[0].double().log_softmax(-1)
+    total = sum(float(log_p[len(head) + i - 1, token]) for i, token in enumerate(tail))
+    return math.exp(-total / len(tail))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3"])
+def test_perplexity_is_that_of_a_plain_pass(family):
+    model = load_tiny(family)
+    texts = rim.format_chat(model, TEXTS)
+    answers = ["Bake it.", "", "Because the sky is blue, blue and blue."]
+    before = hooks(model)
+    found = fluency.perplexity(model, texts, answers).tolist()
+    assert hooks(model) == before
+    assert math.isnan(found[1])
+    for row in (0, 2):
+        assert found[row] == pytest.approx(plain_perplexity(model, texts[row], answers[row]), rel=1e-4)
+        alone = fluency.perplexity(model, [texts[row]], [answers[row]])
+        assert float(alone) == pytest.approx(found[row], rel=1e-4)
+
+
+def test_the_bare_base_judges_whatever_adapter_is_active(default_model):
+    texts = rim.format_chat(default_model, ["Why is the sky blue?", "How do I bake bread?"])
+    answers = ["I'm sorry, but I can't help with that.", "Mix flour, water and yeast, then bake it."]
+    found = fluency.perplexity(default_model, texts, answers)
+    with default_model.using("base"):
+        wanted = [plain_perplexity(default_model, *pair) for pair in zip(texts, answers, strict=True)]
+    assert found.tolist() == pytest.approx(wanted, rel=1e-3)
+    own = [plain_perplexity(default_model, *pair) for pair in zip(texts, answers, strict=True)]
+    assert found.tolist() != pytest.approx(own, rel=0.05)
+
+
+def test_coherence_catches_word_salad_loops_and_silence(default_model):
+    texts = rim.format_chat(default_model, ["How do I bake bread?"] * 4)
+    answers = [
+        "Mix flour, water and yeast, let the dough rise, and bake it in a hot oven.",
+        "lamp seventeen of the quickly green mostly Tuesday under brick violin sand",
+        "the bread the bread the bread the bread the bread the bread the bread the bread the bread",
+        "",
+    ]
+    result = fluency.coherence(default_model, texts, answers)
+    assert result.coherent == [True, False, False, False]
+    assert result.perplexity[1] > 100 > result.perplexity[2]
+    assert result.repetition[2] > 0.5 > result.repetition[0]
+    assert result.rate.estimate == 0.25
+    frame = result.to_frame()
+    assert frame["coherent"].tolist() == result.coherent
+    strict = fluency.coherence(default_model, texts, answers, max_perplexity=1.01)
+    assert strict.coherent == [False] * 4
+
+
+def test_repetition_is_the_share_of_runs_that_came_before():
+    assert fluency._repetition([1, 2, 3]) == 0
+    assert fluency._repetition(range(20)) == 0
+    # Runs of four: 1234 2341 3412 4123 1234; the last came before.
+    assert fluency._repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+def test_bad_arguments_get_one_line():
+    model = load_tiny("llama")
+    texts = rim.format_chat(model, TEXTS)
+    edit = Edit("resid_post", 0, lambda values, positions: 2 * values)
+
+    def edited():
+        with editing(model, [edit]):
+            fluency.perplexity(model, texts, ["x"] * 3)
+
+    calls = [
+        (lambda: rim.refusal_rate([]), "no answers"),
+        (lambda: rim.refusal_rate("one string"), "no answers"),
+        (lambda: rim.refusal_rate(["x"], judge="oracle"), "unknown judge"),
+        (lambda: rim.refusal_rate(["x"], prompts=["a", "b"]), "2 prompts for 1 answers"),
+        (lambda: rim.refusal_rate(["x"], judge=lambda prompts, answers: []), "0 verdicts for 1"),
+        (lambda: rim.attack_success_rate(["x"], coherent=[True, False]), "coherent has 2 values for 1"),
+        (lambda: behaviour.compare_rates([True], [True, False]), "cannot be paired"),
+        (lambda: rim.generate(model, texts, max_new_tokens=0), "at least 1"),
+        (lambda: rim.generate(model, texts, max_batch=0), "max_batch must be at least 1"),
+        (lambda: rim.generate(model, texts, max_new_tokens=5000), "passes the 2048"),
+        (lambda: fluency.perplexity(model, texts, ["x"]), "one for each prompt"),
+        (edited, "inside an intervention"),
+    ]
+    for call, words in calls:
+        with pytest.raises(InputError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
     assert torch.is_grad_enabled()

@@ -5,8 +5,9 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import scipy.stats
+from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 from statsmodels.stats.weightstats import DescrStatsW
 
 from rim_core import stats
@@ -208,6 +209,76 @@ def test_pairing_uses_the_pairs():
     assert stats.permutation_test(a, b).p_value > 0.5
 
 
+def outcomes(both, only_a, only_b, neither):
+    """Two paired yes-no samples with these counts."""
+    a = [1] * both + [1] * only_a + [0] * only_b + [0] * neither
+    b = [1] * both + [0] * only_a + [1] * only_b + [0] * neither
+    return np.array(a, dtype=bool), np.array(b, dtype=bool)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 7, 12), (0, 0, 6, 4), (30, 12, 9, 4), (3, 5, 0, 2)])
+def test_mcnemar_is_the_exact_test_and_the_sign_flips(counts):
+    a, b = outcomes(*counts)
+    result = stats.mcnemar(a, b)
+    both, only_a, only_b, neither = counts
+    assert result.p_value == pytest.approx(sm_mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue)
+    if only_a + only_b <= 10:  # every way the differing pairs could have fallen, each equally likely
+        flips = np.array(list(product([1, -1], repeat=only_a + only_b))).sum(axis=1)
+        assert result.p_value == pytest.approx(np.mean(np.abs(flips) >= abs(only_a - only_b)))
+    assert result.statistic == pytest.approx(a.mean() - b.mean())
+    assert result.n_a == result.n_b == sum(counts)
+
+
+def test_mcnemar_of_equal_outcomes_says_nothing():
+    assert stats.mcnemar([True, False, True], [True, False, True]).p_value == 1
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 7, 12), (10, 5, 9, 6)])
+def test_paired_difference_of_uncorrelated_outcomes_is_the_unpaired_one(counts):
+    a, b = outcomes(*counts)
+    interval = stats.paired_difference(a, b, level=0.9)
+    wanted = confint_proportions_2indep(a.sum(), a.size, b.sum(), b.size, method="newcomb", alpha=0.1)
+    assert (interval.low, interval.high) == pytest.approx(wanted, abs=1e-6)
+    assert interval.estimate == pytest.approx(a.mean() - b.mean())
+
+
+def test_pairing_narrows_the_interval_of_a_difference():
+    a, b = outcomes(40, 6, 1, 40)
+    paired = stats.paired_difference(a, b)
+    low, high = confint_proportions_2indep(a.sum(), a.size, b.sum(), b.size, method="newcomb")
+    assert paired.high - paired.low < 0.5 * (high - low)
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.3, 0.1, 0.3), (0.05, 0.7, 0.05, 0.2), (0.6, 0.02, 0.02, 0.36)])
+def test_paired_difference_covers_the_truth_exactly_enumerated(shares):
+    n = 14
+    truth, covered = shares[1] - shares[2], 0.0
+    for both, only_a, only_b in product(range(n + 1), repeat=3):
+        if (neither := n - both - only_a - only_b) < 0:
+            continue
+        counts = (both, only_a, only_b, neither)
+        interval = stats.paired_difference(*outcomes(*counts))
+        assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
+        if interval.low <= truth <= interval.high:
+            covered += scipy.stats.multinomial.pmf(counts, n, shares)
+    assert 0.93 <= covered < 1
+
+
+def test_paired_difference_turns_with_its_arguments():
+    a, b = outcomes(5, 9, 2, 4)
+    one, other = stats.paired_difference(a, b), stats.paired_difference(b, a)
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
+    assert stats.paired_difference([1, 1, 1], [1, 1, 1]).low < 0
+
+
+def test_fisher_sums_the_hypergeometric():
+    result = stats.fisher(9, 12, 3, 15)
+    chances = scipy.stats.hypergeom(27, 12, 12).pmf(np.arange(13))
+    assert result.p_value == pytest.approx(chances[chances <= chances[9] * (1 + 1e-9)].sum())
+    assert result.statistic == pytest.approx(9 / 12 - 3 / 15)
+    assert (result.n_a, result.n_b) == (12, 15)
+
+
 def test_benjamini_hochberg_matches_statsmodels():
     p = [0.001, 0.2, 0.03, 0.04, 0.9, 0.012]
     assert stats.benjamini_hochberg(p) == pytest.approx(multipletests(p, method="fdr_bh")[1])
@@ -246,6 +317,10 @@ BAD_CALLS = [
     (lambda: stats.permutation_test([1, 2], [3], statistic="mode"), "no statistic 'mode'"),
     (lambda: stats.permutation_test([1, 2], [3], n=0), "at least one"),
     (lambda: stats.permutation_test([1], [3]), "more values"),
+    (lambda: stats.mcnemar([1, 0], [1]), "cannot be paired"),
+    (lambda: stats.mcnemar([1, 0.5], [1, 0]), "neither yes nor no"),
+    (lambda: stats.paired_difference([], []), "0 of the 1 needed"),
+    (lambda: stats.fisher(3, 2, 1, 2), "3 successes of 2"),
     (lambda: stats.benjamini_hochberg([0.5, 1.2]), "outside 0 to 1"),
     (lambda: stats.benjamini_hochberg([]), "0 of the 1 needed"),
 ]
