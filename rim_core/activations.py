@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rim_core.errors import InputError
 from rim_core.loading import Model
-from rim_core.project import cache_dir
 from rim_core.sites import SITES, reading
 from rim_core.tracing import encode, pad_left, pad_right, run_batches, token_budget
+from rim_core.workspace import cache_dir
 
 
 @dataclass(frozen=True)

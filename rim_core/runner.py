@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from rim_core import __version__, notebooks, outcomes
-from rim_core import project as places
+from rim_core import workspace as places
 from rim_core.errors import RimError
 from rim_core.progress import Progress
 

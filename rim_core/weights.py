@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from rim_core.errors import WeightsError
-from rim_core.project import cache_dir
+from rim_core.workspace import cache_dir
 
 _BLOCK = 1 << 20
 # Small, so that a connection that breaks off loses little of what had come.

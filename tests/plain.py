@@ -61,7 +61,7 @@ def greedy(model, text, steps):
 
 @torch.no_grad()
 def generated(model, texts, steps):
-    """With a cache and in one batch: the answers of `rim.generate`, and the logits `[text, step, vocab]` behind them."""
+    """With a cache, in one batch: the answers of `rim.generate`, and the logits `[text, step, vocab]` behind them."""
     inputs = pad_left(encode(model.tokenizer, texts), model.tokenizer.pad_token_id)
     out = model.hf.generate(
         **inputs,
@@ -94,4 +94,4 @@ def hooks(model):
 
 def tensors():
     gc.collect()
-    return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())

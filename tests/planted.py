@@ -73,7 +73,7 @@ def write_planted(folder: Path, seed: int = 0) -> Path:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=BACKGROUND)
         embed = model.model.embed_tokens.weight
         embed.normal_(std=1.0)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError, WeightsError
-from rim_core.project import SUITES
+from rim_core.workspace import SUITES
 
 
 def plain(folder, quantization, dtype=torch.float32):

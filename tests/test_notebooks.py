@@ -8,7 +8,7 @@ import pytest
 
 from rim_core.claimfile import load_claims
 from rim_core.outcomes import scorecard
-from rim_core.project import suite_names
+from rim_core.workspace import suite_names
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))

@@ -14,7 +14,7 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, write
 
-from rim_core import execution, notebooks, project, runner
+from rim_core import execution, notebooks, runner, workspace
 from rim_core.errors import InputError, RimError
 
 SUITE = "tiny.yml"
@@ -149,7 +149,7 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
     package = tmp_path / "package"
     (package / "__pycache__").mkdir(parents=True)
     (package / "probes.py").write_text("a", encoding="utf-8")
-    monkeypatch.setattr(project, "PACKAGE", package)
+    monkeypatch.setattr(workspace, "PACKAGE", package)
     path = write(root, "one/01_first", "print(1)")
     seen = []
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rim_core.errors import InputError
-from rim_core.project import did_you_mean
+from rim_core.workspace import did_you_mean
 
 DATA = Path(__file__).parent / "data"
 SPLITS = ("train", "validation", "test")

@@ -1,0 +1,25 @@
+"""The package's public names: each resolves, and no submodule's import can shadow one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import rim_core as rim
+
+
+def test_every_name_resolves():
+    for name in rim.__all__:
+        assert getattr(rim, name) is not None
+
+
+def test_no_public_name_is_a_submodule_s():
+    """Importing `rim_core.x` sets the attribute x of the package, which would then be the module."""
+    package = Path(rim.__file__).parent
+    modules = {path.stem for path in package.glob("*.py")} | {p.name for p in package.iterdir() if p.is_dir()}
+    assert not modules & set(rim._PUBLIC)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, rim_core; print([m for m in ('torch', 'altair', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
