@@ -59,8 +59,8 @@ def ablate(
         mode: "zero", "mean", "resample" or "scale".
         reference: for "mean" and "resample". Texts, of which all tokens count for the mean; or `Activations` captured
             before, of which all prompts and positions count.
-        positions: "all", "last" (the prompt's last token), or positions from its end. A prompt too short for a
-            position is left as it is. Generated tokens belong to "all".
+        positions: "all", "last" (the prompt's last token), "answer" (that and generated tokens), or positions from
+            the prompt's end. A prompt too short for a position is left as it is. Generated tokens belong to "all".
         factor: for "scale".
         keep_norm: rescale the heads' joint output at each token to the length it had. Paper B's code does so, with
             one factor for the whole batch; by token, an answer does not depend on its neighbours.
@@ -339,8 +339,8 @@ def knock_out(
 
     Args:
         model: a loaded model with "sdpa" or "eager" attention.
-        queries: who looks: "last" (the prompt's last token), "all" (generated tokens too), or positions from the
-            prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch: for spans that
+        queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
+            positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch: for spans that
             differ (see `tracing.find_span`) run the prompts one at a time.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.

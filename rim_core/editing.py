@@ -57,21 +57,24 @@ class MaskEdit:
 
 
 def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
-    """Which slots `wanted` means, bool `[batch, slot]`: "all", "last" (of the prompt), or positions from its end.
+    """Which slots are meant, bool `[batch, slot]`: "all", "last" (of the prompt), "answer", or positions from its end.
 
-    Generated tokens belong to "all" only.
+    "answer" is where the answer's tokens are chosen: the prompt's last token and every generated one. Generated
+    tokens belong to "all" and "answer" only.
 
     Raises:
         InputError: any other word, or a position that is not below 0.
     """
     if wanted == "all":
         return torch.ones_like(positions, dtype=torch.bool)
+    if wanted == "answer":
+        return positions >= -1
     chosen: Sequence[Any] = [-1] if wanted == "last" else [wanted]
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         chosen = wanted
     if not chosen or not all(isinstance(p, int) and p < 0 for p in chosen):
         raise InputError(
-            f"unknown positions {wanted!r}: 'last', 'all', or whole numbers below 0 (-1 is the last token)"
+            f"unknown positions {wanted!r}: 'last', 'all', 'answer', or whole numbers below 0 (-1 is the last token)"
         )
     return torch.isin(positions, torch.tensor(list(chosen), device=positions.device))
 

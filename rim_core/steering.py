@@ -35,7 +35,8 @@ def steer(
         direction: `[d_model]`, or one a layer `[layer, d_model]`, of which `layers` takes its own.
         layers: where to add it, one layer or several.
         coefficient: in units of the direction's length, or of the stream itself with `normalise`.
-        positions: "all" (generated tokens too), "last" (the prompt's last token), or positions from its end. A
+        positions: "all" (generated tokens too), "last" (the prompt's last token), "answer" (that and generated
+            tokens), or positions from its end. A
             prompt too short for a position is left as it is.
         site: "resid_post" or "resid_pre".
         normalise: bring the direction to length 1 first.

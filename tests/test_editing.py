@@ -238,6 +238,7 @@ def test_positions():
     slots = torch.tensor([[-3, -2, -1, 0, 1]])
     assert at(slots, "all").tolist() == [[True] * 5]
     assert at(slots, "last").tolist() == at(slots, -1).tolist() == [[False, False, True, False, False]]
+    assert at(slots, "answer").tolist() == (slots >= -1).tolist()
     assert at(slots, [-1, -3]).tolist() == [[True, False, True, False, False]]
     for wrong in ("first", 0, [1], [], [-1, "last"], 1.5, None):
         with pytest.raises(InputError, match="unknown positions"):
