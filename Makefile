@@ -23,8 +23,17 @@ book: env
 test: env
 	$(BIN)/python -m pytest
 
-bench: env
-	$(BIN)/python -m benchmarks
+# The peers get an environment of their own, which sees the project's packages and cannot change them.
+$(VENV)/bench/.ready: benchmarks/requirements.txt constraints.txt $(VENV)/.ready
+	$(BIN)/python -m venv $(VENV)/bench
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	  > "$$($(VENV)/bench/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/project.pth"
+	$(VENV)/bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/requirements.txt
+	touch $@
+
+bench: $(VENV)/bench/.ready
+	$(VENV)/bench/bin/python -m pytest -q tests/test_parity.py
+	$(VENV)/bench/bin/python -m benchmarks
 
 lint: env
 	$(BIN)/ruff check .

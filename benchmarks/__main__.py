@@ -1,55 +1,118 @@
-"""Speed, side by side in one run: `make bench`. Prints a table; ratios are what to compare between machines."""
+"""Speed and memory side by side: `make bench`, or `python -m benchmarks [--quick] [--only NAME] [--out FILE]`.
 
-import resource
-import statistics
-import time
+Each benchmark does the same work by rim_core and by its peers, in turns, in this process; a ratio is of medians.
+Compare ratios between machines, not seconds.
+"""
+
+import argparse
+import json
+import sys
 from collections.abc import Callable
-
-import torch
+from pathlib import Path
 
 import rim_core as rim
-from rim_core.tracing import encode, pad_left
+from benchmarks import generation, harness, memory, paper_scale, patching, peers
+from benchmarks.harness import Row
 
 REPEATS = 5
+REFERENCE = "smollm2:base"
+RESULTS = Path("book/assets/performance.json")
 
 
-def interleaved(*works: Callable[[], object]) -> list[float]:
-    """Median seconds of each piece of work; taken in turns, so that a slow spell of the machine hits all."""
-    times: list[list[float]] = [[] for _ in works]
-    for repeat in range(REPEATS + 1):
-        for work, taken in zip(works, times, strict=True):
-            start = time.perf_counter()
-            work()
-            if repeat:  # the first round warms caches
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]
+def _fp32() -> rim.Model:
+    return rim.load(REFERENCE, quantization=None, dtype="float32", device="cpu")
 
 
-@torch.no_grad()
-def main() -> None:
-    start = time.perf_counter()
-    model = rim.load("smollm2:aligned", device="cpu")
-    loading = time.perf_counter() - start
-    print(
-        f"load smollm2:aligned, NF4      {loading:6.1f} s, {model.hf.get_memory_footprint() / 1e6:.0f} MB of model"
-    )
-    texts = rim.format_chat(model, rim.load_prompts("harmful", limit=64))
-    inputs = pad_left(encode(model.tokenizer, texts), model.tokenizer.pad_token_id)
-    for quantization in ("nf4", None):
-        model = rim.load("smollm2:aligned", quantization=quantization, device="cpu")
+def heads(quick: bool, repeats: int) -> list[Row]:
+    model = _fp32()
+    sampled = {40: 3} if quick else patching.SAMPLED_HEADS
+    return patching.every_head(model, peers.available(model), repeats, sampled)
 
-        def plain(hf: torch.nn.Module = model.hf) -> object:
-            return hf(**inputs, use_cache=False, logits_to_keep=1)
 
-        def captured(model: rim.Model = model) -> object:
-            return rim.capture(model, texts, "mlp_neurons", max_tokens=inputs["input_ids"].numel())
+def components(quick: bool, repeats: int) -> list[Row]:
+    model = _fp32()
+    n_pairs, layers = (3, [0, 29]) if quick else (100, None)
+    return patching.every_component(model, peers.available(model), repeats, n_pairs, layers)
 
-        forward, capture = interleaved(plain, captured)
-        print(
-            f"{quantization or 'fp32':5} plain forward {forward:6.2f} s   with all neurons captured {capture:6.2f} s   "
-            f"ratio {capture / forward:.3f}"
+
+def generating(quick: bool, repeats: int) -> list[Row]:
+    batch, new_tokens = (4, 4) if quick else (16, 48)
+    return generation.ablated(_fp32(), repeats, batch, new_tokens)
+
+
+def capture(quick: bool, repeats: int) -> list[Row]:
+    models = (_fp32, lambda: rim.load(REFERENCE, device="cpu"))
+    return [row for load in models for row in generation.capturing(load(), repeats, 8 if quick else 64)]
+
+
+def growth(quick: bool, repeats: int) -> list[Row]:
+    if quick:
+        return patching.growth(_fp32(), repeats, (40,), (1, 2), (1, 30))
+    return patching.growth(_fp32(), repeats)
+
+
+def memory_use(quick: bool, repeats: int) -> list[Row]:
+    return memory.rows(REFERENCE, min(repeats, 3), quick)
+
+
+BENCHMARKS: dict[str, Callable[[bool, int], list[Row]]] = {
+    "heads": heads,
+    "components": components,
+    "generation": generating,
+    "capture": capture,
+    "growth": growth,
+    "memory": memory_use,
+}
+
+
+def line(row: Row) -> str:
+    """A row of the printed table."""
+    goal = ""
+    if row.target is not None:
+        goal = (
+            f"  {'at least' if row.at_least else 'at most'} {row.target:g}: {'met' if row.met else 'MISSED'}"
         )
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    apart = "" if row.difference is None else f"  apart by {row.difference:.0e}"
+    return (
+        f"{row.benchmark:10} {row.case}\n    {row.ours:.3g} {row.unit}, {row.peer}: {row.theirs:.3g} {row.unit}, "
+        f"ratio {row.ratio:.3g} [{row.low:.3g}, {row.high:.3g}]{goal}{apart}"
+    )
+
+
+def write(out: Path, rows: list[Row], only: str | None, repeats: int = REPEATS) -> None:
+    """Write the results; with `only`, put them in place of that benchmark's in an earlier run's on this machine."""
+    machine, versions = harness.machine(), harness.versions()
+    results = [row.as_json() for row in rows]
+    if only and out.is_file():
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if (earlier["machine"], earlier["versions"]) != (machine, versions):
+            sys.exit(
+                f"benchmarks: {out} was measured on another machine or with other versions: run all of them"
+            )
+        results = [row for row in earlier["rows"] if row["benchmark"] != only] + results
+        results.sort(key=lambda row: list(BENCHMARKS).index(row["benchmark"]))
+    content = {"machine": machine, "versions": versions, "repeats": repeats, "rows": results}
+    content["estimate"] = paper_scale.estimate()
+    out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and one repeat: does it work at all?"
+    )
+    parser.add_argument("--only", choices=BENCHMARKS, help="one benchmark")
+    parser.add_argument("--out", type=Path, help=f"results file (default: {RESULTS}; with --quick, none)")
+    options = parser.parse_args()
+    out = options.out or (None if options.quick else RESULTS)
+    repeats = 1 if options.quick else REPEATS
+    rows: list[Row] = []
+    for name in [options.only] if options.only else BENCHMARKS:
+        for row in BENCHMARKS[name](options.quick, repeats):
+            rows.append(row)
+            print(line(row), flush=True)
+    if out:
+        write(out, rows, options.only, repeats)
 
 
 if __name__ == "__main__":

@@ -340,8 +340,8 @@ def knock_out(
     Args:
         model: a loaded model with "sdpa" or "eager" attention.
         queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
-            positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch: for spans that
-            differ (see `tracing.find_span`) run the prompts one at a time.
+            positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch:
+            for spans that differ (see `tracing.find_span`) run the prompts one at a time.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import SITES, reading
-from rim_core.tracing import encode, pad_left, pad_right, run_batches, token_budget
+from rim_core.tracing import encode, pad_left, pad_right, run_batches, shared_beginning, token_budget
 from rim_core.workspace import cache_dir
 
 
@@ -183,8 +183,10 @@ def _passes(
     under every prompt as keys and values. The rest is then padded on the right: no gap comes between, so sliding
     windows see the same distances as in a prompt alone.
     """
+    shared = 0
     # An edit at given positions counts from each prompt's end, which the shared part does not have.
-    shared = 0 if any(edit.positional for edit in model.edits) else _shared_beginning(ids, picked)
+    if picked is not None and not any(edit.positional for edit in model.edits):
+        shared = shared_beginning(ids, -picked if isinstance(picked, int) else -min(picked))
     pad = model.tokenizer.pad_token_id
 
     def run(rows: list[int]) -> dict[str, Tensor]:
@@ -227,20 +229,6 @@ def _pick(tensor: Tensor, picked: list[int] | int | None, ends: Tensor | None) -
     else:
         chosen = tensor[torch.arange(len(tensor))[:, None], ends[:, None] + torch.tensor(picked)]
     return chosen.to("cpu", torch.float32)
-
-
-# Shorter beginnings are not worth a pass of their own.
-_WORTH_SHARING = 8
-
-
-def _shared_beginning(ids: list[list[int]], picked: list[int] | int | None) -> int:
-    """Tokens that all prompts start with, leaving every position that is read; 0 where sharing does not pay."""
-    if picked is None or len(ids) < 2:
-        return 0
-    furthest = -picked if isinstance(picked, int) else -min(picked)
-    limit = min(map(len, ids)) - furthest
-    length = next((i for i in range(limit) if any(row[i] != ids[0][i] for row in ids)), max(limit, 0))
-    return length if length >= _WORTH_SHARING else 0
 
 
 def _after(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import scipy.stats
 import torch
 from torch import Tensor, nn
 
 from rim_core.errors import InputError
+from rim_core.frames import mean_frame
 from rim_core.loading import Model
 from rim_core.tracing import encode, pad_left, run_batches, token_budget
 
@@ -54,11 +54,10 @@ class AttentionPatterns:
         With `queries="all"` only texts that have the query count.
         """
         values = self.entropy
-        values = values.unsqueeze(1) if values.dim() == 3 else values
         if len(self.queries) > 1:
             absent = torch.tensor(self.queries)[None, :] < -self.mask.sum(dim=1, keepdim=True)
             values = values.masked_fill(absent[:, :, None, None], torch.nan)
-        return _tidy(values, query=self.queries, layer=self.layers, head=range(values.shape[-1]))
+        return mean_frame(values, query=self.queries, layer=self.layers, head=range(values.shape[-1]))
 
     def plot(self, prompt: int = 0, layer: int | None = None) -> "alt.LayerChart":
         """Draw where each head of one layer (by default the last one read) looks from the last query, in one text.
@@ -128,7 +127,7 @@ class SpanAttention:
 
     def to_frame(self) -> pd.DataFrame:
         """Give a row for each layer, head and span: mean over texts, 95 % t interval, n."""
-        return _tidy(self.mass, layer=self.layers, head=range(self.mass.shape[2]), span=self.spans)
+        return mean_frame(self.mass, layer=self.layers, head=range(self.mass.shape[2]), span=self.spans)
 
     def plot(self, span: str, minus: str | None = None) -> "alt.LayerChart":
         """Draw the mean attention to a span, or its difference to another span's, layer by head.
@@ -140,7 +139,7 @@ class SpanAttention:
 
         values = self._mass(span) if minus is None else self.difference(span, minus)
         what = f"“{span}”" if minus is None else f"“{span}” more than at “{minus}”"
-        frame = _tidy(values, layer=self.layers, head=range(values.shape[2]))
+        frame = mean_frame(values, layer=self.layers, head=range(values.shape[2]))
         top = frame.iloc[int(frame["mean"].argmax())]
         return charts.heatmap(
             frame,
@@ -183,7 +182,7 @@ def attention_patterns(
     ids = encode(model.tokenizer, texts)
     lengths = [len(row) for row in ids]
     width, chosen = max(lengths), _queries(queries, lengths)
-    read = _layers(model, layers)
+    read = model.checked_layers(layers)
     shape = (len(ids), len(chosen), len(read), model.n_heads, width)
     if torch.Size(shape).numel() > _RESULT:
         raise InputError(
@@ -238,7 +237,7 @@ def attention_to_spans(
         raise InputError(f"attention_to_spans: query {query!r} must be 'last' or one position below 0")
     (position,) = _queries(query, lengths)
     _check_spans(spans, lengths, position)
-    read = _layers(model, layers)
+    read = model.checked_layers(layers)
 
     def keep(pattern: Tensor, rows: list[int]) -> Tensor:
         member = torch.zeros(len(rows), len(spans), pattern.shape[-1])
@@ -264,15 +263,6 @@ def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list
             f"query {outside[0] if chosen else ''} is out of range: count from the end, -1 to -{min(lengths)} here"
         )
     return chosen
-
-
-def _layers(model: Model, layers: Sequence[int] | None) -> tuple[int, ...]:
-    read = tuple(range(model.n_layers)) if layers is None else tuple(layers)
-    if not read or (outside := [layer for layer in read if not 0 <= layer < model.n_layers]):
-        raise InputError(
-            f"layer {outside[0] if read else ''} is out of range: {model.name} has layers 0 to {model.n_layers - 1}"
-        )
-    return read
 
 
 def _check_spans(spans: Mapping[str, Sequence[Sequence[int]]], lengths: Sequence[int], query: int) -> None:
@@ -351,13 +341,3 @@ def _by_batch(
     budget = min(token_budget(model.layout, model.device), _PATTERN // (model.n_heads * max(lengths)))
     with _eager(model):
         yield from run_batches(lengths, budget, run)
-
-
-def _tidy(values: Tensor, **axes: Sequence[object]) -> pd.DataFrame:
-    """A row for each combination of the axes after the texts': mean, Student's 95 % interval (NaN for one text), n."""
-    flat = pd.DataFrame(values.flatten(1).double().numpy())
-    mean, n = flat.mean(), flat.count()
-    half = scipy.stats.t.ppf(0.975, n - 1) * flat.sem()
-    index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
-    summary = pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half, "n": n})
-    return summary.set_index(index).reset_index()

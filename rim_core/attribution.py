@@ -19,7 +19,8 @@ from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Metric
-from rim_core.patching import Patched, Plan, Positions, Unit, make_plan, patch, read_source, rectangle
+from rim_core.patching import Patched, patch
+from rim_core.plans import Plan, Positions, Unit, make_plan, read_source, rectangle
 from rim_core.tracing import pad_left, run_batches, token_budget
 
 

@@ -270,6 +270,70 @@ def intervals(
     )
 
 
+def distribution(
+    frame: pd.DataFrame,
+    value: str,
+    *,
+    series: str,
+    title: str,
+    x_title: str,
+    description: str,
+    bins: int = 24,
+    reference: float | None = None,
+) -> alt.LayerChart:
+    """Draw how `value` is spread: a histogram for each `series`, all in the same bins.
+
+    Bars are shares of the series' own rows, so that series of unequal size compare. `reference`, in the units of
+    `value`, adds a vertical line. Raises InputError where a column is missing or a number is not finite.
+    """
+    _need(frame, [series, value], "distribution")
+    numbers = frame[value].astype(float)
+    if broken := int((~numbers.abs().lt(math.inf)).sum()):
+        raise InputError(
+            f"charts.distribution: {broken} values of {value} are NaN or infinite; leave them out"
+        )
+    start = float(numbers.min())
+    width = (float(numbers.max()) - start) / bins or 1.0
+    places = ((numbers - start) / width).astype(int).clip(upper=bins - 1)
+    names = [str(name) for name in frame[series].unique()]
+    rows = []
+    for name in names:
+        shares = places[frame[series].astype(str) == name].value_counts(normalize=True)
+        # An empty bin on either side brings the outline back to zero.
+        for place in range(-1, bins + 1):
+            left = start + place * width
+            share = float(shares.get(place, 0.0))
+            rows.append({series: name, "from": left, "to": left + width, "share": share})
+    colour = alt.Color(f"{series}:N", scale=_scale(names, PALETTE), legend=_legend(names))
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        x=alt.X("from:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(grid=False)),
+        y=alt.Y("share:Q", title="share", stack=None),
+        color=colour,
+    )
+    bars = base.mark_bar(opacity=0.3, binSpacing=0).encode(
+        x2="to:Q",
+        tooltip=[
+            alt.Tooltip(f"{series}:N"),
+            alt.Tooltip("from:Q", format=".4g"),
+            alt.Tooltip("to:Q", format=".4g"),
+            alt.Tooltip("share:Q", format=".1%"),
+        ],
+    )
+    outline = base.mark_line(interpolate="step-after", strokeWidth=2).encode(
+        strokeDash=alt.StrokeDash(f"{series}:N", scale=_scale(names, _DASHES), legend=_legend(names))
+    )
+    layers: list[alt.Chart] = [bars, outline]
+    if reference is not None:
+        layers = [*_reference(reference, "x", "reference"), *layers]
+    return _finish(
+        layers,
+        title=title,
+        description=description,
+        height=260,
+        columns=[(series, series), ("from", f"{x_title}, from"), ("to", "to"), ("share", "share")],
+    )
+
+
 def heatmap(
     frame: pd.DataFrame,
     value: str,

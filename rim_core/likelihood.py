@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from rim_core import stats
@@ -20,12 +19,8 @@ from rim_core.editing import Frame
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import reading
-from rim_core.stats import Interval
+from rim_core.stats import Floats, Groups, Interval, Ints
 from rim_core.tracing import encode, pad_left, run_batches, token_budget
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Groups = Sequence[object] | NDArray | None
 
 # Logits worked on at a time: 64 MB in float32.
 _PIECE = 2**24
@@ -213,12 +208,7 @@ def _as(model: Model, other: Model | str | None) -> Iterator[Model]:
 
 
 def _same_vocabulary(a: Model, b: Model) -> bool:
-    return _vocabulary_size(a) == _vocabulary_size(b) and a.tokenizer.get_vocab() == b.tokenizer.get_vocab()
-
-
-def _vocabulary_size(model: Model) -> int:
-    head: Any = model.layout.lm_head
-    return int(head.weight.shape[0])
+    return a.layout.d_vocab == b.layout.d_vocab and a.tokenizer.get_vocab() == b.tokenizer.get_vocab()
 
 
 def _examples(
@@ -267,7 +257,7 @@ def _log_probabilities(model: Model, states: Tensor) -> Tensor:
 
 
 def _pieces(model: Model, count: int) -> list[slice]:
-    step = max(1, _PIECE // _vocabulary_size(model))
+    step = max(1, _PIECE // model.layout.d_vocab)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 

@@ -75,7 +75,10 @@ class Suite:
 
 
 def load_suite(name_or_path: str | Path) -> Suite:
-    """Read a suite by its name or from a YAML file.
+    """Read a suite.
+
+    Args:
+        name_or_path: the name of one that ships with the package, or the path of a YAML file.
 
     Raises:
         InputError: no such suite, or a file that is not one.

@@ -4,7 +4,7 @@ Each names the site and the layer it reads, at the prompt's last token; a run th
 computed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch import Tensor
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import SITES
-
-Tokens = str | int | Sequence[str | int]
+from rim_core.vocabulary import Tokens, two_sides
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,15 @@ class LogitDifference:
     """Logit of `toward` less logit of `against` for the next token; of several tokens the mean.
 
     Attributes:
-        toward, against: tokens as text (exactly one token each) or ids, one or several.
+        toward, against: token strings or ids, one or several, as in `logit_lens`.
     """
 
     toward: Tokens
     against: Tokens
 
     def bind(self, model: Model) -> Bound:
-        """The metric on this model; raises InputError for a text that is not one token."""
-        toward = token_ids(model.tokenizer, self.toward)
-        against = token_ids(model.tokenizer, self.against)
+        """The metric on this model; raises InputError for a text of several tokens, or one token on both sides."""
+        (_, toward), (_, against) = two_sides(model, self.toward, self.against)
 
         def score(state: Tensor) -> Tensor:
             logits = model.layout.readout(state, [*toward, *against])
@@ -115,29 +113,6 @@ def bind(model: Model, metric: Metric) -> Bound:
     raise InputError(f"{metric!r} is no metric: give Projection, LogitDifference, ProbeScore or a function")
 
 
-def token_ids(tokenizer: Any, tokens: Tokens) -> list[int]:
-    """Ids of tokens given as text or ids.
-
-    Raises:
-        InputError: a text that is not exactly one token, an id outside the vocabulary, or none at all.
-    """
-    given = [tokens] if isinstance(tokens, str | int) else list(tokens)
-    if not given:
-        raise InputError("no tokens were given: name at least one")
-    found = []
-    for token in given:
-        ids = [token] if isinstance(token, int) else tokenizer(token, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            pieces = " + ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
-            raise InputError(
-                f"{token!r} is {len(ids)} tokens ({pieces}), and one is needed; a leading space often matters"
-            )
-        if not 0 <= ids[0] < len(tokenizer):
-            raise InputError(f"token id {ids[0]} is outside the vocabulary of {len(tokenizer)}")
-        found.append(ids[0])
-    return found
-
-
 def _width(model: Model, site: str) -> int:
     if site not in SITES:
         raise InputError(f"unknown site {site!r}: choose from {', '.join(SITES)}")
@@ -155,8 +130,7 @@ def _vector(values: Any, width: int, what: str) -> Tensor:
 
 
 def _linear(model: Model, site: str, layer: int, weights: Tensor, bias: float, title: str) -> Bound:
-    if not -model.n_layers <= layer < model.n_layers:
-        raise InputError(f"layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}")
+    model.checked_layers([layer], lowest=-model.n_layers)
 
     def score(values: Tensor) -> Tensor:
         return values.float() @ weights.to(values.device) + bias

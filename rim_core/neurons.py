@@ -16,12 +16,12 @@ from torch import Tensor
 
 from rim_core import stats
 from rim_core.errors import InputError
-from rim_core.stats import Interval
+from rim_core.frames import interval_frame
+from rim_core.stats import Floats, Interval
 
 if TYPE_CHECKING:
     import altair as alt
 
-Floats = NDArray[np.float64]
 Neuron = tuple[int, int]
 
 AGGREGATORS = ("harmonic", "arithmetic", "geometric", "ratio")
@@ -122,17 +122,9 @@ class ActivationShift:
 
     def to_frame(self) -> pd.DataFrame:
         """Give three rows ("score", "lost", "gained"): quantity, value, low, high, n_neurons, aggregator."""
-        rows = [("score", self.score), ("lost", self.lost), ("gained", self.gained)]
-        return pd.DataFrame(
-            {
-                "quantity": [name for name, _ in rows],
-                "value": [found.estimate for _, found in rows],
-                "low": [found.low for _, found in rows],
-                "high": [found.high for _, found in rows],
-                "n_neurons": self.n_neurons,
-                "aggregator": self.aggregator,
-            }
-        )
+        found = {(name,): getattr(self, name) for name in ("score", "lost", "gained")}
+        frame = interval_frame(found, ("quantity",), "value").drop(columns="n")
+        return frame.assign(n_neurons=self.n_neurons, aggregator=self.aggregator)
 
 
 def safety_neurons(

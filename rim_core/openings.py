@@ -9,6 +9,7 @@ from rim_core.errors import InputError
 from rim_core.judgemodels import continuation
 from rim_core.loading import Model
 from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.vocabulary import checked_id
 
 # How refusals and helpful answers open (Arditi et al. 2024 use "I" and "As", by family).
 REFUSAL_OPENINGS = ("I", "I'm", "Sorry", "As", "Unfortunately")
@@ -17,6 +18,11 @@ HELPFUL_OPENINGS = ("Sure", "Here", "Certainly", "Of course", "To", "The", "Firs
 
 def opening_tokens(model: Model, text: str, openings: Sequence[str] = REFUSAL_OPENINGS) -> list[int]:
     """The first token of each opening as an answer to `text`, with and without a space before it; ascending.
+
+    Args:
+        model: its tokenizer counts.
+        text: a prompt in the model's chat template.
+        openings: how refusals open.
 
     Raises:
         InputError: an opening's first token also begins a helpful answer (`HELPFUL_OPENINGS`), as in tokenizers that
@@ -88,8 +94,5 @@ def _tokens(model: Model, text: str, given: Sequence[str | int]) -> list[int]:
     if isinstance(given, str) or not len(given):
         raise InputError("tokens must be a list of openings or token numbers, at least one")
     words = [token for token in given if isinstance(token, str)]
-    numbers = {token for token in given if not isinstance(token, str)}
-    size = model.hf.config.get_text_config().vocab_size
-    if wrong := [number for number in numbers if not 0 <= number < size]:
-        raise InputError(f"there is no token {wrong[0]}: this model has tokens 0 to {size - 1}")
+    numbers = {checked_id(model, token) for token in given if not isinstance(token, str)}
     return sorted(numbers.union(opening_tokens(model, text, words) if words else []))

@@ -310,7 +310,11 @@ class Claims:
 
 
 def claims(paper: str) -> Claims:
-    """Load a paper's claims by the stem of its file in `book/claims/`: `rim.claims("self_aware")`."""
+    """Load a paper's claims: `rim.claims("self_aware")`.
+
+    Args:
+        paper: the stem of its file in `book/claims/`.
+    """
     return Claims(paper, load_claims(paper))
 
 

@@ -22,12 +22,10 @@ from sklearn.preprocessing import StandardScaler
 
 from rim_core import stats
 from rim_core.errors import InputError
+from rim_core.stats import Floats, Groups, Ints
 
 if TYPE_CHECKING:
     import altair as alt
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 CONTROLS = ("shuffled", "random_features")
 SOLVER_TOLERANCE = 1e-8
@@ -209,7 +207,7 @@ class AdjacentSimilarity:
 def probe_layers(
     features: "ArrayLike | Any",
     labels: "ArrayLike | Any",
-    groups: Sequence[object] | NDArray | None = None,
+    groups: Groups = None,
     controls: Sequence[str] = CONTROLS,
     seed: int = 0,
     test_size: float = 0.3,
@@ -469,9 +467,7 @@ def _split(y: Ints, groups: Ints | None, test_size: float, rng: np.random.Genera
     return min(usable, key=lambda split: round(imbalance(split), 1))
 
 
-def _checked(
-    features: Any, labels: Any, groups: Sequence[object] | NDArray | None
-) -> tuple[NDArray, Ints, Ints | None]:
+def _checked(features: Any, labels: Any, groups: Groups) -> tuple[NDArray, Ints, Ints | None]:
     data = _as_array(features)
     if data.ndim != 3 or 0 in data.shape or data.dtype.kind not in "fiu":
         raise InputError(

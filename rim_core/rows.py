@@ -60,19 +60,29 @@ class Clean:
 
 @torch.no_grad()
 def run_clean(
-    model: Model, ids: Sequence[Sequence[int]], tail: int, layers: Sequence[int], metric: Bound
+    model: Model,
+    ids: Sequence[Sequence[int]],
+    shared: int,
+    tail: int,
+    layers: Sequence[int],
+    metric: Bound,
 ) -> Clean:
-    """Run a batch of prompts once, keeping what patched runs that pass through `layers` need."""
-    inputs = pad_left(ids, model.tokenizer.pad_token_id, model.device)
-    width = inputs["input_ids"].shape[1]
-    cache = DynamicCache()
+    """Run a batch of prompts once, keeping what patched runs that pass through `layers` need.
+
+    The first `shared` tokens, which all prompts begin with, are run once for all of them.
+    """
+    inputs = batch_inputs(model, ids, shared)
+    width, cache = inputs["input_ids"].shape[1], inputs["past_key_values"]
     calls: dict[int, dict[str, Any]] = {}
     states: dict[int, Tensor] = {}
     handles = []
 
     def keep(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            # The class's own forward: nnsight and accelerate put wrappers on the instance.
+            signature = inspect.signature(type(module).forward)
+            arguments = dict(signature.bind(module, *args, **kwargs).arguments)
+            arguments.pop("self")
             arguments.update(arguments.pop("kwargs", {}))
             hidden = arguments.pop(next(iter(arguments)))
             states[layer] = hidden[:, width - tail :].clone()
@@ -89,13 +99,31 @@ def run_clean(
                 )
             )
         with reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final:
-            model.layout.body(**inputs, past_key_values=cache, use_cache=True)
+            model.layout.body(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    positions = torch.arange(-width, 0, device=model.device).expand(len(ids), -1)
+    lengths = torch.tensor([len(row) for row in ids], device=model.device)[:, None]
+    own = torch.arange(-width, 0, device=model.device).expand(len(ids), -1)
+    positions = torch.cat([torch.arange(shared, device=model.device) - lengths, own], dim=1)
     score = metric.score(final[metric.site, metric.layer])
     return Clean(cache, calls, states, score, positions, tail)
+
+
+def batch_inputs(model: Model, ids: Sequence[Sequence[int]], shared: int) -> dict[str, Any]:
+    """Left-padded inputs of the body with a cache, which holds the `shared` tokens that all prompts begin with."""
+    inputs: dict[str, Any] = pad_left(
+        [row[shared:] for row in ids], model.tokenizer.pad_token_id, model.device
+    )
+    cache = DynamicCache()
+    if shared:
+        beginning = torch.tensor([ids[0][:shared]], device=model.device)
+        cache = model.layout.body(input_ids=beginning, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(ids))
+        inputs["position_ids"] = inputs["position_ids"] + shared
+        seen = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.cat([seen.new_ones(len(ids), shared), seen], dim=1)
+    return {**inputs, "past_key_values": cache, "use_cache": True}
 
 
 def _cut(name: str, value: Any, width: int, tail: int) -> Any:

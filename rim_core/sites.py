@@ -55,6 +55,12 @@ class Layout:
     logit_scale: float
     soft_cap: float | None
 
+    @property
+    def d_vocab(self) -> int:
+        """Logits that the language-model head gives: at least as many as the tokenizer has tokens."""
+        head: Any = self.lm_head
+        return int(head.out_features)
+
     def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Logits `[..., vocab]` as this family computes them from the last layer's `resid_post` `[..., d_model]`.
 

@@ -18,6 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from rim_core.errors import InputError
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+# What must not be split or is resampled whole: a label a value, or None.
+Groups = Sequence[object] | NDArray | None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
 def bootstrap(
     values: ArrayLike,
     statistic: Callable[[Floats], float] = np.mean,
-    groups: Sequence[object] | NDArray | None = None,
+    groups: Groups = None,
     n_resamples: int = 2000,
     seed: int = 0,
     level: float = 0.95,
@@ -117,7 +120,7 @@ def bootstrap(
     codes = group_codes(groups, data.size, "bootstrap")
     members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
 
-    def resampled_statistic(drawn: NDArray[np.int64]) -> float:
+    def resampled_statistic(drawn: Ints) -> float:
         return float(statistic(data[np.concatenate([members[i] for i in drawn])]))
 
     ends = scipy.stats.bootstrap(
@@ -135,7 +138,7 @@ def bootstrap(
 
 def resampled_means(
     values: ArrayLike,
-    groups: Sequence[object] | NDArray | None = None,
+    groups: Groups = None,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Floats:
@@ -370,7 +373,7 @@ def derive_generator(seed: int, *labels: str | int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-def group_codes(groups: Sequence[object] | NDArray | None, n: int, caller: str) -> NDArray[np.int64]:
+def group_codes(groups: Groups, n: int, caller: str) -> Ints:
     """Number the groups 0, 1, ... in order of appearance, `[n]`; without groups each value is its own.
 
     Raises:
@@ -388,6 +391,25 @@ def group_codes(groups: Sequence[object] | NDArray | None, n: int, caller: str) 
     if len(distinct) < 2:
         raise InputError(f"{caller}: all values are in one group; give at least two groups")
     return codes.astype(np.int64)
+
+
+def split(n: int, holdout: float, codes: Ints | None, seed: int, caller: str) -> tuple[Ints, Ints]:
+    """Give the indices to fit on and to hold out, whole groups (see `group_codes`) on a side.
+
+    Raises:
+        InputError: fewer than two prompts or groups on a side, said in the caller's name.
+    """
+    codes = np.arange(n) if codes is None else codes
+    units = int(codes.max()) + 1
+    held = round(units * holdout)
+    if not 2 <= held <= units - 2:
+        raise InputError(
+            f"{caller}: {units} prompts or groups leave {held} to hold out and {units - held} to fit on at "
+            f"holdout={holdout}; at least 2 are needed on each side"
+        )
+    order = derive_generator(seed, caller, "split").permutation(units)
+    out = np.isin(codes, order[:held])
+    return np.flatnonzero(~out), np.flatnonzero(out)
 
 
 def _sample(values: ArrayLike, name: str, at_least: int = 1) -> Floats:

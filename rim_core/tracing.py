@@ -62,6 +62,19 @@ def pad_right(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(width) < lengths[:, None]
 
 
+# Shorter beginnings are not worth a pass of their own.
+_WORTH_SHARING = 8
+
+
+def shared_beginning(ids: Sequence[Sequence[int]], keep: int) -> int:
+    """Tokens that all prompts start with, short of the last `keep` of each; 0 where sharing them does not pay."""
+    if len(ids) < 2:
+        return 0
+    first, limit = ids[0], max(0, min(map(len, ids)) - keep)
+    length = next((i for i in range(limit) if any(row[i] != first[i] for row in ids)), limit)
+    return length if length >= _WORTH_SHARING else 0
+
+
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices of texts in batches of at most `max_tokens` padded tokens (at least one text), neighbours in length."""
     batch: list[int] = []
@@ -130,6 +143,11 @@ def find_span(tokenizer: Any, texts: Sequence[str], fragment: str) -> list[list[
     """Where the last occurrence of `fragment` lies in each text: its tokens' positions from the end, ascending.
 
     A token that holds a part of the fragment belongs to it.
+
+    Args:
+        tokenizer: the model's.
+        texts: prompts as the model is to see them.
+        fragment: what to look for.
 
     Raises:
         InputError: a text without the fragment, or a tokenizer that does not tell where tokens begin.

@@ -15,7 +15,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The same notebooks, smaller: default parameters replaced in a copy of the project.
-REDUCED = {"self_aware/01_linear_probes": {"n_prompts": "60", "seeds": "[0, 1, 2]"}}
+REDUCED = {
+    "self_aware/01_linear_probes": {"n_prompts": "60", "seeds": "[0, 1, 2]"},
+    "self_aware/02_latent_introspection": {
+        "n_prompts": "60",
+        "seeds": "[0, 1, 2]",
+        "n_random": "40",
+        "n_shuffles": "40",
+    },
+}
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,7 @@ def test_frames_and_pictures():
     ("arguments", "says"),
     [
         ({"layers": [3]}, "layer 3 is out of range"),
-        ({"layers": []}, "out of range"),
+        ({"layers": []}, "no layers were named"),
         ({"queries": "first"}, "unknown queries 'first'"),
         ({"queries": 0}, "query 0 is out of range"),
         ({"queries": [-1, -400]}, "query -400 is out of range"),

@@ -7,11 +7,12 @@ from test_patching import CLEAN, SOURCE, direction
 
 import rim_core as rim
 from rim_core.errors import InputError
+from rim_core.plans import COMPONENTS
 
 
 def small_step(model, texts, component, share):
     """Activations a small share of the way from the clean prompts' to the sources'."""
-    site = rim.patching.COMPONENTS[component]
+    site = COMPONENTS[component]
     ours, theirs = rim.capture(model, CLEAN, site), rim.capture(model, texts, site)
     return rim.Activations((site,), {site: ours[site] + share * (theirs[site] - ours[site])})
 

@@ -106,6 +106,12 @@ def test_missing_numbers_stay_out_of_the_json(layers):
             id="intervals by series",
         ),
         pytest.param(
+            lambda frame: charts.distribution(
+                frame, "accuracy", series="series", title="t", x_title="x", description="d", reference=0.5
+            ),
+            id="distribution",
+        ),
+        pytest.param(
             lambda frame: charts.heatmap(
                 frame,
                 "accuracy",
@@ -134,3 +140,32 @@ def test_text_and_background_colours_are_left_to_the_page(layers):
     config = by_layer(layers).to_dict()["config"]
     assert "background" not in config
     assert not [key for part in config.values() for key in part if key.endswith("Color")]
+
+
+def histogram(values: dict[str, list[float]], **options) -> pd.DataFrame:
+    frame = pd.DataFrame([{"class": name, "score": v} for name, row in values.items() for v in row])
+    chart = charts.distribution(
+        frame, "score", series="class", title="t", x_title="score", description="d", **options
+    )
+    spec = chart.to_dict()
+    return pd.DataFrame(max(spec["datasets"].values(), key=len))
+
+
+def test_a_distribution_holds_each_series_shares_in_common_bins():
+    table = histogram({"risky": [0.0, 1.0, 1.5, 4.0], "safe": [2.5]}, bins=4)
+    bins = {name: rows.set_index("from")["share"].to_dict() for name, rows in table.groupby("class")}
+    assert bins["risky"] == {-1: 0.0, 0: 0.25, 1: 0.5, 2: 0.0, 3: 0.25, 4: 0.0}
+    assert bins["safe"] == {-1: 0.0, 0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0, 4: 0.0}
+
+
+def test_a_distribution_loses_no_value_to_rounding_or_to_a_lack_of_spread():
+    awkward = [0.1 + 0.7 * i / 3 for i in range(50)]
+    for values in (awkward, [0.3], [-2.0, -2.0]):
+        table = histogram({"all": values}, bins=7)
+        assert table["share"].sum() == pytest.approx(1)
+        assert (table["share"].iloc[[0, -1]] == 0).all()
+
+
+def test_a_distribution_of_what_is_no_number_is_refused():
+    with pytest.raises(InputError, match="2 values of score are NaN or infinite"):
+        histogram({"all": [0.0, float("nan"), float("inf")]})

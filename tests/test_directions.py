@@ -1,4 +1,4 @@
-"""`rim_core.directions` against closed forms, explicit inverses, scipy, and planted rotations and mixtures."""
+"""Directions, rotations, subspaces and erosion against closed forms, scipy, and planted rotations and mixtures."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.covariance import LedoitWolf
 
-from rim_core.directions import (
+from rim_core import (
     cosine,
     difference_in_means,
     erosion_fraction,
+    linear,
     principal_angles,
     procrustes,
     procrustes_ranks,
@@ -60,11 +61,9 @@ def test_projection_is_in_the_unit_of_the_values_whatever_the_direction_s_length
 
 
 def test_projection_of_much_data_is_worked_in_pieces(monkeypatch):
-    import rim_core.directions as module
-
     values, direction = randn(50, 4, 6), randn(4, 6, seed=1)
     whole = project(values, direction)
-    monkeypatch.setattr(module, "_PIECE", 12)
+    monkeypatch.setattr(linear, "_PIECE", 12)
     assert torch.allclose(project(values, direction), whole)
 
 
@@ -183,11 +182,9 @@ def test_a_rotation_fitted_to_noise_helps_in_sample_only():
 
 
 def test_pieces_and_dtype_change_nothing(monkeypatch):
-    import rim_core.directions as module
-
     source, target = randn(20, 60), randn(20, 60, seed=1)
     whole = procrustes(source, target)
-    monkeypatch.setattr(module, "_PIECE", 100)
+    monkeypatch.setattr(linear, "_PIECE", 100)
     found = procrustes(source, target)
     assert relative(as_matrix(found), as_matrix(whole)) < 1e-9
     single = found.apply(source.float())

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import rim_core as rim
+from rim_core import gradient_statistics
 from rim_core import gradients as module
 from rim_core.editing import Edit, at, editing
 from rim_core.errors import InputError
@@ -278,7 +279,7 @@ def simulate(n_runs, n, shift, shared, paired, seed=0):
 
 
 def test_the_permuted_labels_reject_as_often_as_they_say(monkeypatch):
-    monkeypatch.setattr(module, "RESAMPLES", 99)
+    monkeypatch.setattr(gradient_statistics, "RESAMPLES", 99)
     results = list(simulate(200, 8, shift=0, shared=0, paired=False))
     for kind in ("raw", "centred"):
         p = np.array([getattr(result, kind).p_value for result in results])
@@ -288,7 +289,7 @@ def test_the_permuted_labels_reject_as_often_as_they_say(monkeypatch):
 
 
 def test_pairs_keep_equal_completions_from_deciding(monkeypatch):
-    monkeypatch.setattr(module, "RESAMPLES", 99)
+    monkeypatch.setattr(gradient_statistics, "RESAMPLES", 99)
     apart = list(simulate(150, 8, shift=0, shared=2, paired=True))
     p = np.array([result.raw.p_value for result in apart])
     assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.04)
@@ -302,7 +303,7 @@ def test_pairs_keep_equal_completions_from_deciding(monkeypatch):
 
 
 def test_intervals_cover_and_are_not_much_too_wide(monkeypatch):
-    monkeypatch.setattr(module, "RESAMPLES", 199)
+    monkeypatch.setattr(gradient_statistics, "RESAMPLES", 199)
     results = [result.raw for result in simulate(80, 20, shift=3, shared=0, paired=False)]
     for name in ("within", "cross", "difference"):
         found = [getattr(result, name) for result in results]
@@ -336,7 +337,7 @@ BAD = [
     ({"labels": ["a"] * 4 + ["b"] * 2}, "label 'b' has 2 examples"),
     ({"completions": COMPLETIONS[:5]}, "6 prompts and 5 completions"),
     ({"completions": [*COMPLETIONS[:5], ""]}, "completion 5 is empty"),
-    ({"layer": 3}, "layer 3 is out of range.*0 to 2"),
+    ({"layer": 3}, "layer 3 is out of range.*-3 to 2"),
     ({"weight": "q_proj"}, "unknown weight 'q_proj'"),
     ({"loss_on": "prompt"}, "unknown loss_on"),
     ({"pairs": [0, 0, 0, 1, 1, 1]}, "different pairs"),

@@ -4,10 +4,10 @@ import gc
 
 import pytest
 import torch
-from families import CASES, MODULES, load_tiny, reference
+from families import CASES, MODULES, family_folder, load_tiny, reference
 
 import rim_core as rim
-from rim_core import metrics, patching, tracing
+from rim_core import patching, plans, tracing
 from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
 
@@ -270,6 +270,33 @@ def test_interventions_hold_in_every_run_once():
             handle.remove()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "falcon", "gemma2", "qwen3_moe"])
+def test_a_shared_beginning_changes_no_number(family, monkeypatch):
+    """All prompts start alike; where a window is smaller than a prompt, nothing is shared."""
+    model, w = load_tiny(family), rim.Projection(direction(load_tiny(family)))
+    start = "You answer in a few plain words and stay on the topic. "
+    source, clean = [start + text for text in SOURCE], [start + text for text in CLEAN]
+    for positions in ("last", [-3, -1]):
+        shared = rim.patch(model, source, clean, "heads", w, positions=positions)
+        with monkeypatch.context() as patched:
+            patched.setattr(plans, "shared_beginning", lambda ids, keep: 0)
+            apart = rim.patch(model, source, clean, "heads", w, positions=positions)
+        assert_effects(shared.effects, apart.effects, apart.clean)
+        assert torch.allclose(shared.clean, apart.clean, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(shared.source, apart.source, rtol=1e-4, atol=1e-4)
+    sharing = plans.make_plan(model, source, clean, "heads", w, None, "last", None, None).shared
+    assert bool(sharing) == (family not in ("mistral", "gemma2"))
+
+
+def test_a_model_that_nnsight_has_wrapped_can_be_patched():
+    model = rim.load(str(family_folder("llama")), quantization=None, device="cpu")
+    w = rim.Projection(direction(model))
+    before = rim.patch(model, SOURCE, CLEAN, "mlp", w)
+    with torch.no_grad(), model.nnsight.trace(CLEAN[0]):
+        pass
+    assert torch.allclose(rim.patch(model, SOURCE, CLEAN, "mlp", w).effects, before.effects, atol=1e-4)
+
+
 def test_source_activations_stand_in_for_texts():
     model, w = load_tiny("qwen3"), rim.Projection(direction(load_tiny("qwen3")))
     texts = rim.patch(model, SOURCE, CLEAN, "heads", w)
@@ -371,9 +398,10 @@ def test_neurons_above_the_mean():
         ({"metric": rim.Projection(torch.zeros(32))}, "length zero"),
         ({"metric": rim.Projection(torch.ones(32), layer=5)}, "layer 5 is out of range"),
         ({"metric": rim.Projection(torch.ones(32), site="mlp")}, "unknown site 'mlp'"),
-        ({"metric": rim.LogitDifference("bread and butter", 3)}, "tokens"),
-        ({"metric": rim.LogitDifference(3, 4000)}, "outside the vocabulary"),
+        ({"metric": rim.LogitDifference("bread and butter", 3)}, "is no single token"),
+        ({"metric": rim.LogitDifference(3, 4000)}, "no token 4000: ids go from 0 to 399"),
         ({"metric": rim.LogitDifference(3, [])}, "no tokens"),
+        ({"metric": rim.LogitDifference("How", ["Why", " How"])}, "How is on both sides"),
         ({"metric": 3.0}, "is no metric"),
     ],
 )
@@ -403,8 +431,3 @@ def test_experts_have_no_neurons():
     model = load_tiny("qwen3_moe")
     with pytest.raises(InputError, match="no single neuron basis"):
         rim.patch(model, SOURCE, CLEAN, "neurons", rim.Projection(torch.ones(32)), units=[(0, 1)])
-
-
-def test_token_ids_names_the_pieces():
-    with pytest.raises(InputError, match=r"'bread' is \d tokens"):
-        metrics.token_ids(load_tiny("llama").tokenizer, "bread")

@@ -19,6 +19,8 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # In this order: vega-lite needs vega, vega-embed needs both, charts.js needs all three.
 SCRIPTS = ("vega/vega.min.js", "vega/vega-lite.min.js", "vega/vega-embed.min.js", "charts.js")
 MEASURED = Path("rim_core/organisms/smollm2/measured.json")
+PERFORMANCE = Path("book/assets/performance.json")
+PAPER_SCALE = Path("book/assets/paper-scale.json")
 
 Cell = str | nodes.Node | list[nodes.Node]
 
@@ -201,6 +203,126 @@ def _figure(rows: list[dict[str, Any]]) -> nodes.raw:
     return nodes.raw("", charts.render(chart.to_dict())["text/html"], format="html")
 
 
+class Performance(_FromData):
+    """What `make bench` measured: `{rim-performance} PART`, a benchmark's name, `machine`, `targets`, `estimate`
+    or `paper-scale`."""
+
+    required_arguments = 1
+
+    def _draw(self) -> list[nodes.Node]:
+        part = self.arguments[0]
+        name, command = PERFORMANCE, "make bench"
+        if part == "paper-scale":
+            name, command = PAPER_SCALE, f"python -m benchmarks.paper_scale --out {PAPER_SCALE}"
+        path = self.project / name
+        self.env.note_dependency(str(path))
+        if not path.is_file():
+            return [_note(f"Not measured yet: run `{command}`.")]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if part == "machine":
+            return [_machine(content)]
+        if part == "targets":
+            return [_targets(content["rows"])]
+        if part == "estimate":
+            return [_quantities(content["estimate"], "Paper C at its own size, by arithmetic")]
+        if part == "paper-scale":
+            return [
+                _machine(content),
+                _quantities(content["rows"], "Paper C at its own size, random weights"),
+            ]
+        rows = [row for row in content["rows"] if row["benchmark"] == part]
+        return [*_ratios(part, rows), _comparisons(rows)] if rows else [_note("Not measured yet.")]
+
+
+def _machine(content: dict[str, Any]) -> nodes.paragraph:
+    machine = content["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gb']} GB"
+    )
+    if "gpu" in machine:
+        where = f"{machine['gpu']}; {where}"
+    packages = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return _paragraph(f"Measured on: {where}. Python {machine['python']}, {packages}.")
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+
+
+def _goal(row: dict[str, Any]) -> str:
+    return f"{'at least' if row['at_least'] else 'at most'} {row['target']:g}"
+
+
+def _targets(rows: list[dict[str, Any]]) -> nodes.table:
+    lines = [
+        [
+            f"{row['benchmark']}: {row['case']}",
+            row["peer"],
+            _ratio(row),
+            _goal(row),
+            "✔ met" if row["met"] else "✘ missed",
+        ]
+        for row in rows
+        if row["target"] is not None
+    ]
+    head = ["Measured", "Compared with", "Ratio (range)", "Target", "Outcome"]
+    return _table(head, lines, caption="Targets")
+
+
+def _comparisons(rows: list[dict[str, Any]]) -> nodes.table:
+    lines = [
+        [
+            [_paragraph(row["case"]), _paragraph(nodes.emphasis("", row["note"]))]
+            if row["note"]
+            else row["case"],
+            row["peer"],
+            f"{row['ours']:.3g} {row['unit']}",
+            f"{row['theirs']:.3g} {row['unit']}",
+            _ratio(row),
+            "–" if row["difference"] is None else f"{row['difference']:.0e}",
+        ]
+        for row in rows
+    ]
+    head = ["Case", "Compared with", "rim_core", "The other", "Ratio (range)", "Results differ by"]
+    return _table(head, lines, caption="Medians, and the range over the repeats")
+
+
+def _quantities(rows: list[dict[str, Any]], caption: str) -> nodes.table:
+    lines = [
+        [row["quantity"], f"{row['value']:.3g} {row['unit']}".strip(), row["note"] or "–"] for row in rows
+    ]
+    return _table(["Quantity", "Value", "How"], lines, caption=caption)
+
+
+# Benchmarks that get a figure: its title, its axis, what its numbers are.
+_FIGURES = {
+    "heads": ("How much faster is patching every head?", "times faster", "how many times faster rim_core is"),
+    "growth": (
+        "How far is patching from the arithmetic limit?",
+        "time over the limit's",
+        "how many times longer rim_core takes than the products alone would",
+    ),
+}
+
+
+def _ratios(benchmark: str, rows: list[dict[str, Any]]) -> list[nodes.raw]:
+    import pandas as pd
+
+    if benchmark not in _FIGURES:
+        return []
+    title, axis, what = _FIGURES[benchmark]
+    chart = charts.intervals(
+        pd.DataFrame(rows),
+        "ratio",
+        label="case",
+        series="peer",
+        title=title,
+        x_title=axis,
+        description=f"Dots with the range over repeats: {what}, by case. The table below holds the same numbers.",
+    )
+    return [nodes.raw("", charts.render(chart.to_dict())["text/html"], format="html")]
+
+
 def _repair_page(
     app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
@@ -247,7 +369,11 @@ class Diagram(SphinxDirective):
         except OSError:
             raise self.error(f"there is no drawing {path.name} in {path.parent}") from None
         opening = nodes.raw("", f'<figure class="rim-diagram">{drawing}<figcaption>', format="html")
-        return [opening, *self.parse_content_to_nodes(), nodes.raw("", "</figcaption></figure>", format="html")]
+        return [
+            opening,
+            *self.parse_content_to_nodes(),
+            nodes.raw("", "</figcaption></figure>", format="html"),
+        ]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -259,6 +385,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("rim-scorecard", Scorecard)
     app.add_directive("rim-claims", Claims)
     app.add_directive("rim-organisms", Organisms)
+    app.add_directive("rim-performance", Performance)
     app.add_directive("rim-diagram", Diagram)
     app.connect("builder-inited", _forget_late_style)
     app.connect("env-updated", _write_all)
