@@ -141,35 +141,38 @@ def by_layer(
     title: str,
     y_title: str,
     description: str,
+    x: str = "layer",
+    x_title: str = "layer",
     low: str = "low",
     high: str = "high",
     chance: float | None = None,
     y_domain: tuple[float, float] | None = None,
 ) -> alt.LayerChart:
-    """Draw `value` over the column `layer`: a line for each `series`, with its interval as a band.
+    """Draw `value` over the column `x` of whole numbers, such as layers or tokens: a line for each `series`, with
+    its interval as a band.
 
     `low` and `high` name the columns with the interval's ends; `chance`, in the units of `value`, adds a
     reference line; `y_domain` fixes the vertical axis. Raises InputError where a column is missing.
     """
-    _need(frame, ["layer", series, value, low, high], "by_layer")
+    _need(frame, [x, series, value, low, high], "by_layer")
     names = [str(name) for name in frame[series].unique()]
     legend = _legend(names)
     y_scale = alt.Scale(domain=list(y_domain)) if y_domain else alt.Scale(zero=False)
-    x = alt.X(
-        "layer:Q",
-        title="layer",
+    across = alt.X(
+        f"{x}:Q",
+        title=x_title,
         axis=alt.Axis(format="d", tickMinStep=1, grid=False),
         scale=alt.Scale(nice=False),
     )
     colour = alt.Color(f"{series}:N", scale=_scale(names, PALETTE), legend=legend)
     tooltip = [
         alt.Tooltip(f"{series}:N"),
-        alt.Tooltip("layer:Q"),
+        alt.Tooltip(f"{x}:Q"),
         alt.Tooltip(f"{value}:Q", title=y_title, format=".4g"),
         alt.Tooltip(f"{low}:Q", format=".4g"),
         alt.Tooltip(f"{high}:Q", format=".4g"),
     ]
-    base = alt.Chart(frame).encode(x=x, color=colour)
+    base = alt.Chart(frame).encode(x=across, color=colour)
     y = alt.Y(f"{value}:Q", title=y_title, scale=y_scale)
     band = base.mark_area(opacity=0.2).encode(
         y=alt.Y(f"{low}:Q", title=y_title, scale=y_scale), y2=f"{high}:Q"
@@ -188,7 +191,7 @@ def by_layer(
         title=title,
         description=description,
         height=300,
-        columns=[("layer", "layer"), (series, series), (value, y_title), (low, "low"), (high, "high")],
+        columns=[(x, x_title), (series, series), (value, y_title), (low, "low"), (high, "high")],
     )
 
 
@@ -278,7 +281,7 @@ def distribution(
     title: str,
     x_title: str,
     description: str,
-    bins: int = 24,
+    bins: int = 20,
     reference: float | None = None,
 ) -> alt.LayerChart:
     """Draw how `value` is spread: a histogram for each `series`, all in the same bins.
@@ -307,11 +310,12 @@ def distribution(
     colour = alt.Color(f"{series}:N", scale=_scale(names, PALETTE), legend=_legend(names))
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=alt.X("from:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(grid=False)),
-        y=alt.Y("share:Q", title="share", stack=None),
+        y=alt.Y("share:Q", title="share"),
         color=colour,
     )
-    bars = base.mark_bar(opacity=0.3, binSpacing=0).encode(
+    bars = base.mark_rect(opacity=0.3).encode(
         x2="to:Q",
+        y2=alt.datum(0),
         tooltip=[
             alt.Tooltip(f"{series}:N"),
             alt.Tooltip("from:Q", format=".4g"),
@@ -331,6 +335,48 @@ def distribution(
         description=description,
         height=260,
         columns=[(series, series), ("from", f"{x_title}, from"), ("to", "to"), ("share", "share")],
+    )
+
+
+def scatter(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    series: str,
+    title: str,
+    x_title: str,
+    y_title: str,
+    description: str,
+) -> alt.LayerChart:
+    """Draw a point for each row at columns `x` and `y`, coloured and shaped by `series`.
+
+    Axes fit the points and need not hold zero. Raises InputError where a column is missing.
+    """
+    _need(frame, [x, y, series], "scatter")
+    names = [str(name) for name in frame[series].unique()]
+    legend = _legend(names)
+    points = (
+        alt.Chart(frame)
+        .mark_point(filled=True, size=42, opacity=0.7)
+        .encode(
+            x=alt.X(f"{x}:Q", title=x_title, scale=alt.Scale(zero=False), axis=alt.Axis(grid=False)),
+            y=alt.Y(f"{y}:Q", title=y_title, scale=alt.Scale(zero=False), axis=alt.Axis(grid=False)),
+            color=alt.Color(f"{series}:N", scale=_scale(names, PALETTE), legend=legend),
+            shape=alt.Shape(f"{series}:N", scale=_scale(names, _SHAPES), legend=legend),
+            tooltip=[
+                alt.Tooltip(f"{series}:N"),
+                alt.Tooltip(f"{x}:Q", title=x_title, format=".4g"),
+                alt.Tooltip(f"{y}:Q", title=y_title, format=".4g"),
+            ],
+        )
+    )
+    return _finish(
+        [points],
+        title=title,
+        description=description,
+        height=300,
+        columns=[(series, series), (x, x_title), (y, y_title)],
     )
 
 

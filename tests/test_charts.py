@@ -53,6 +53,24 @@ def test_a_plain_altair_chart_without_a_description_is_refused():
         bundle_of(chart)
 
 
+def test_a_line_may_run_over_tokens_instead_of_layers(layers):
+    frame = layers.rename(columns={"layer": "token"})
+    spec = charts.by_layer(
+        frame,
+        "accuracy",
+        series="series",
+        title="t",
+        y_title="y",
+        description="d",
+        x="token",
+        x_title="token, from the end",
+    ).to_dict()
+    across = [layer["encoding"]["x"] for layer in spec["layer"]]
+    assert {(x["field"], x["title"]) for x in across} == {("token", "token, from the end")}
+    with pytest.raises(InputError, match="no column token"):
+        charts.by_layer(layers, "accuracy", series="series", title="t", y_title="y", description="d", x="token")
+
+
 def test_the_bundle_holds_figure_specification_and_text(layers):
     bundle = bundle_of(by_layer(layers))
     assert set(bundle) == {"text/html", "text/plain", "application/vnd.vegalite.v6+json"}
@@ -112,6 +130,19 @@ def test_missing_numbers_stay_out_of_the_json(layers):
             id="distribution",
         ),
         pytest.param(
+            lambda frame: charts.scatter(
+                frame,
+                "layer",
+                "accuracy",
+                series="series",
+                title="t",
+                x_title="x",
+                y_title="y",
+                description="d",
+            ),
+            id="scatter",
+        ),
+        pytest.param(
             lambda frame: charts.heatmap(
                 frame,
                 "accuracy",
@@ -140,6 +171,19 @@ def test_text_and_background_colours_are_left_to_the_page(layers):
     config = by_layer(layers).to_dict()["config"]
     assert "background" not in config
     assert not [key for part in config.values() for key in part if key.endswith("Color")]
+
+
+def test_a_scatter_tells_series_apart_by_shape_too_and_its_table_has_every_point(layers):
+    chart = charts.scatter(
+        layers, "low", "accuracy", series="series", title="t", x_title="x", y_title="y", description="d"
+    )
+    points = chart.to_dict()["layer"][0]["encoding"]
+    ranges = [points[channel]["scale"] for channel in ("color", "shape")]
+    assert all(scale["domain"] == ["risky", "shuffled labels"] for scale in ranges)
+    assert all(len(set(scale["range"])) == 2 for scale in ranges)
+    html = bundle_of(chart)["text/html"]
+    assert html.count("<tr>") == 1 + len(layers)
+    assert '<th scope="col">x</th><th scope="col">y</th>' in html
 
 
 def histogram(values: dict[str, list[float]], **options) -> pd.DataFrame:
