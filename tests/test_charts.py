@@ -68,7 +68,9 @@ def test_a_line_may_run_over_tokens_instead_of_layers(layers):
     across = [layer["encoding"]["x"] for layer in spec["layer"]]
     assert {(x["field"], x["title"]) for x in across} == {("token", "token, from the end")}
     with pytest.raises(InputError, match="no column token"):
-        charts.by_layer(layers, "accuracy", series="series", title="t", y_title="y", description="d", x="token")
+        charts.by_layer(
+            layers, "accuracy", series="series", title="t", y_title="y", description="d", x="token"
+        )
 
 
 def test_the_bundle_holds_figure_specification_and_text(layers):
