@@ -21,7 +21,7 @@ SAMPLED_HEADS = {40: 45, 256: 15, 1024: 4}
 HEAD_TARGETS = {40: 90.0, 256: 160.0, 1024: 250.0}
 COMPONENT_TARGET = 20.0
 SAMPLED_PAIRS = 1
-BATCHED_PAIRS = 4
+BATCHED_PAIRS = 2
 
 
 def metric_of(model: rim.Model) -> tuple[Any, Callable[[Tensor], Tensor]]:
