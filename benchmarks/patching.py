@@ -228,7 +228,7 @@ def growth(
     model: rim.Model,
     repeats: int,
     tokens: Sequence[int] = (40, 128, 256, 512, 1024),
-    pairs: Sequence[int] = (1, 4, 16, 64),
+    pairs: Sequence[int] = (1, 4, 16),
     layers: Sequence[int] = (1, 3, 10, 30),
 ) -> list[Row]:
     """Cost against tokens, pairs and heads, beside the least that the arithmetic allows on this machine.
