@@ -12,6 +12,9 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that would reach for a hub must fail at once, and not wait for time-outs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the machine: more threads each would only wait for one another.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The same notebooks, smaller: default parameters replaced in a copy of the project.
@@ -23,7 +26,54 @@ REDUCED = {
         "n_random": "40",
         "n_shuffles": "40",
     },
+    "self_aware/03_causal_tracing": {
+        "n_prompts": "60",
+        "n_pairs": "2",
+        "seeds": "[0, 1, 2]",
+        "n_sets": "200",
+    },
+    "self_aware/04_heads_and_neurons": {
+        "n_prompts": "60",
+        "n_pairs": "4",
+        "seeds": "[0, 1, 2]",
+        "n_map": "2",
+        "n_signs": "20",
+    },
+    "self_aware/05_suppression_heads": {
+        "n_fit": "8",
+        "n_select": "3",
+        "n_test": "4",
+        "max_new_tokens": "6",
+        "n_random_sets": "20",
+        "n_probe": "2",
+        "n_generated_sets": "1",
+        "n_token_pairs": "4",
+    },
+    "self_aware/06_sparse_autoencoder": {
+        "n_pairs": "40",
+        "n_train": "12",
+        "n_tokens": "8",
+        "expansion": "1",
+        "steps": "40",
+        "n_dictionaries": "2",
+        "n_patched": "6",
+        "n_ablated": "10",
+        "n_ablated_anywhere": "4",
+        "n_sets_anywhere": "1",
+        "n_texts": "4",
+        "n_traced": "4",
+        "n_before": "3",
+        "n_generated": "2",
+    },
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Side by side, tests of one file stay together, and those of the book, which is built once, come first."""
+    for item in items:
+        book = "reduced_project" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("book" if book else item.path.stem))
+    items.sort(key=lambda item: "reduced_project" not in item.fixturenames)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +101,7 @@ def default_model():
 
 
 def _reduced_copy(target: Path) -> Path:
+    target.mkdir(parents=True, exist_ok=True)
     for name in ("book", "notebooks", "_config.yml", "_toc.yml", "constraints.txt"):
         source = REPOSITORY / name
         if source.is_dir():
@@ -70,6 +121,12 @@ def _reduced_copy(target: Path) -> Path:
         cell["source"] = "\n".join(lines)
         path.write_text(json.dumps(content), encoding="utf-8")
     return target
+
+
+@pytest.fixture(scope="session")
+def project_copy():
+    """Copy the project, its notebooks' defaults reduced, into a folder: `project_copy(folder)`."""
+    return _reduced_copy
 
 
 @pytest.fixture(scope="session")
