@@ -1,12 +1,13 @@
 # make book   environment, weights, every notebook, the HTML; the last line is the path to open
 # make test   environment, every test
 # make bench  the side-by-side benchmarks
+# make workflow  Snakemake, for clusters and for grids of suites: see workflow/README.md
 # make lint   ruff, mypy, import layers, clean notebooks
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env book test bench lint
+.PHONY: env book test bench workflow lint
 env: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -20,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 book: env
 	$(BIN)/rim book
 
-test: env
+test: env workflow
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 # The peers get an environment of their own, which sees the project's packages and cannot change them.
@@ -34,6 +35,14 @@ $(VENV)/bench/.ready: benchmarks/requirements.txt constraints.txt $(VENV)/.ready
 bench: $(VENV)/bench/.ready
 	$(VENV)/bench/bin/python -m pytest -q tests/test_parity.py
 	$(VENV)/bench/bin/python -m benchmarks
+
+# Snakemake needs an older `packaging` than the project, so it shares nothing with it but the command `rim`.
+workflow: $(VENV)/workflow/.ready
+
+$(VENV)/workflow/.ready: workflow/requirements.txt $(VENV)/.ready
+	$(BIN)/python -m venv $(VENV)/workflow
+	$(VENV)/workflow/bin/python -m pip install --quiet --disable-pip-version-check -r workflow/requirements.txt
+	touch $@
 
 lint: env
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from rim_core.activations import Activations, capture
 from rim_core.editing import Frame, MaskEdit, at, by_layer, edit_at, editing
 from rim_core.errors import InputError
 from rim_core.loading import Model
-from rim_core.sites import reading
+from rim_core.sites import pick, reading
 from rim_core.tracing import encode, pad_left, run_batches, token_budget
 
 MODES = ("zero", "mean", "resample", "scale")
@@ -113,8 +113,9 @@ def _affine(gain: Tensor, offset: Tensor, keep_norm: bool) -> Callable[[Tensor],
 
 def _set_coordinate(unit: Tensor, target: float) -> Callable[[Tensor], Tensor]:
     def change(values: Tensor) -> Tensor:
-        excess = values.float() @ unit - target
-        return (values.float() - excess.unsqueeze(-1) * unit).to(values.dtype)
+        axis = unit.to(values.device)
+        excess = values.float() @ axis - target
+        return (values.float() - excess.unsqueeze(-1) * axis).to(values.dtype)
 
     return change
 
@@ -173,7 +174,7 @@ def _text_means(
         real = inputs["attention_mask"].bool()
 
         def total(values: Tensor) -> Tensor:
-            return values[real].sum(0, dtype=torch.float64)
+            return pick(values, real).sum(0, dtype=torch.float64)
 
         with reading(model.layout, sites, total, layers) as found:
             model.layout.body(**inputs, use_cache=False)
@@ -371,7 +372,7 @@ def _blind(
     def apply(mask: Tensor, frame: Frame) -> Tensor:
         lowest = torch.finfo(mask.dtype).min
         pairs = at(frame.queries, queries)[:, :, None] & at(frame.keys, keys)[:, None, :]
-        edited = mask.masked_fill(pairs[:, None] & heads[:, None, None], lowest)
+        edited = mask.masked_fill(pairs[:, None] & heads[:, None, None].to(mask.device), lowest)
         # A softmax over nothing but the lowest number would attend to everything. A padded slot saw nothing before.
         if ((edited == lowest).all(-1) & ~(mask == lowest).all(-1)).any():
             raise InputError(

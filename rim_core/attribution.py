@@ -21,6 +21,7 @@ from rim_core.loading import Model
 from rim_core.metrics import Metric
 from rim_core.patching import Patched, patch
 from rim_core.plans import Plan, Positions, Unit, make_plan, read_source, rectangle
+from rim_core.sites import pick
 from rim_core.tracing import pad_left, run_batches, token_budget
 
 
@@ -154,8 +155,9 @@ def _attribute_batch(model: Model, plan: Plan, rows: list[int]) -> tuple[Tensor,
     for layer, tensor, gradient in zip(wanted, tensors, gradients, strict=True):
         if gradient is None:  # the metric is read below this layer
             gradient = torch.zeros_like(tensor)
-        change = values[layer].float() - tensor.detach()[each, at].float()
-        products[layer] = (change * gradient[each, at].float() * first[..., None]).sum(1)
+        change = values[layer].to(tensor.device).float() - pick(tensor.detach(), each, at).float()
+        product = change * pick(gradient, each, at).float() * first[..., None].to(tensor.device)
+        products[layer] = product.sum(1).to(model.device)
     effects = [
         torch.stack([products[layer][:, columns].sum(-1) for layer, columns in run.writes]).sum(0)
         for run in plan.runs

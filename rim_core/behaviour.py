@@ -17,7 +17,7 @@ from rim_core.judges import is_refusal as is_refusal
 from rim_core.loading import Model
 from rim_core.prompts import Prompt
 from rim_core.stats import Interval, mcnemar, paired_difference, proportion
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.tracing import encode, free_on_gpus, pad_left, run_batches, token_budget
 
 # Greedy, whatever a checkpoint's generation settings are: several penalise words that were said, and with them the
 # padding, so that an answer would depend on the other prompts of its batch.
@@ -103,7 +103,7 @@ def _end_tokens(model: Model) -> list[int]:
 def _cache_tokens(model: Model) -> int:
     """Tokens whose keys and values may be held at once: 1 GB of them, on CUDA half of what is free."""
     size = 2 * model.n_layers * model.n_kv_heads * model.head_dim * model.dtype.itemsize
-    space = torch.cuda.mem_get_info(model.device)[0] / 2 if model.device.type == "cuda" else 1e9
+    space = free_on_gpus(model.layout) / 2 if model.device.type == "cuda" else 1e9
     return max(1, int(space / size))
 
 

@@ -1,69 +1,19 @@
-"""From executed notebooks to the built book: stage the pages, then run Jupyter Book over them.
+"""From staged pages to the built book: its table of contents, and Jupyter Book run over it."""
 
-Staging copies what `rim run` executed into `book/experiments/`, with a run card under the title. It writes a
-file only where its content changed, so that Sphinx builds again only what is new.
-"""
-
-import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
-from rim_core import runner
-from rim_core.errors import InputError, RimError
-from rim_core.workspace import DEFAULT_SUITE, suite_file
+from rim_core.errors import RimError
+from rim_core.staging import STAGED
 
-STAGED = Path("book/experiments")
-_KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-_LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PROGRESS = ("reading sources", "writing output", "copying assets", "build succeeded", "build finished")
-
-
-@dataclass(frozen=True)
-class Page:
-    """One staged page: the notebook and the suite it shows, its document name, and how its run stands."""
-
-    notebook: str
-    suite: str  # a name, or the path of a suite's file
-    document: str
-    status: str  # "ok", "stale", "failed" or "not run"
-
-
-def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]:
-    """Write a page for every notebook of `project` into `book/experiments/` and return the pages.
-
-    The first of `suites` has a page for each notebook, a placeholder where it was not run; each further suite
-    has one for every notebook it was run on, under `book/experiments/<suite>/`. Pages that earlier stagings
-    left and that no longer belong are removed. Raises InputError where there are no suites or no notebooks.
-    """
-    sources = sorted((project / "notebooks").glob("*/*.ipynb"))
-    if not suites or not sources:
-        raise InputError(f"{project.name}: the book needs at least one suite and one notebook in notebooks/")
-    pages = []
-    for position, suite in enumerate(suites):
-        for source in sources:
-            notebook = f"{source.parent.name}/{source.stem}"
-            status = _status(project, notebook, suite)
-            if position and status == "not run":
-                continue
-            folder = STAGED / Path(suite).stem if position else STAGED
-            page = Page(notebook, suite, (folder / notebook).as_posix(), status)
-            _write(project / f"{page.document}.ipynb", _page(project, source, page))
-            pages.append(page)
-    kept = {project / f"{page.document}.ipynb" for page in pages}
-    for path in (project / STAGED).rglob("*.ipynb"):
-        if path not in kept:
-            path.unlink()
-    return pages
 
 
 def build(project: Path) -> Path:
@@ -93,126 +43,6 @@ def build(project: Path) -> Path:
     if process.wait() != 0 or not index.is_file():
         raise RimError(_failure(lines, project))
     return index
-
-
-def _status(project: Path, notebook: str, suite: str) -> str:
-    if (_failed_folder(project, notebook, suite) / "error.json").is_file():
-        return "failed"
-    run = _run_folder(project, notebook, suite) / "run.json"
-    if not run.is_file():
-        return "not run"
-    record = _read_json(run)
-    current, _ = runner.run_key(project, notebook, suite, record["overrides"])
-    return "ok" if record["run_key"] == current else "stale"
-
-
-def _run_folder(project: Path, notebook: str, suite: str) -> Path:
-    return runner.run_folder(project, notebook, suite, {})
-
-
-def _failed_folder(project: Path, notebook: str, suite: str) -> Path:
-    folder = _run_folder(project, notebook, suite)
-    return folder.parent / "failed" / folder.name
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _page(project: Path, source: Path, page: Page) -> nbformat.NotebookNode:
-    folder = _run_folder(project, page.notebook, page.suite)
-    if page.status in ("ok", "stale"):
-        notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-        card = _card(page, _read_json(folder / "run.json"))
-        cells = [
-            cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])
-        ]
-    else:
-        notebook = nbformat.read(source, as_version=4)
-        card = _placeholder(project, page)
-        cells = notebook.cells[:1]
-    cells.insert(1, nbformat.v4.new_markdown_cell(card))
-    notebook.cells = [_clean(cell, number) for number, cell in enumerate(cells)]
-    notebook.nbformat_minor = 5
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": _KERNEL,
-            "language_info": _LANGUAGE,
-            "rim": {"suite": Path(page.suite).stem, "status": page.status},
-        }
-    )
-    return notebook
-
-
-def _clean(cell: nbformat.NotebookNode, number: int) -> nbformat.NotebookNode:
-    """Drop what changes between equal runs: times, counts, identifiers, and what was said on stderr."""
-    tags = cell.metadata.get("tags", [])
-    cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-    cell.id = f"cell-{number}"
-    if cell.cell_type == "code":
-        cell.execution_count = None
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        for output in cell.outputs:
-            if "execution_count" in output:
-                output.execution_count = None
-    return cell
-
-
-def _card(page: Page, run: dict[str, Any]) -> str:
-    """The run card, as one HTML block so that it shows alike in the book and in Jupyter."""
-    parameters = run["parameters"]
-    suite = yaml.safe_load(suite_file(page.suite).read_text(encoding="utf-8"))
-    seeds = parameters.get("seeds", run["seed"])
-    rows = {
-        "Suite": f"<code>{escape(Path(page.suite).stem)}</code>",
-        "Base model": escape(str(suite.get("title", page.suite))),
-        "Roles": escape(", ".join(suite["roles"])),
-        "Quantization": escape(str(parameters.get("quantization", "–"))),
-        "Seeds": escape(", ".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)),
-        "Device": escape(str(run["device"])),
-        "Wall time": f"{run['wall_seconds']:.0f} s",
-        "Finished": escape(str(run["finished"])[:10]),
-        "Run key": f"<code>{escape(run['run_key'][:12])}</code>",
-    }
-    items = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items())
-    settings = ", ".join(f"{name} = {json.dumps(value)}" for name, value in sorted(parameters.items()))
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
-    stale = ""
-    if page.status == "stale":
-        stale = (
-            '<p class="rim-banner"><strong>Stale.</strong> The notebook, the code, the model or the pinned '
-            f"versions changed after this run. Run it again: <code>{_command(page)}</code></p>"
-        )
-    return (
-        f'<aside class="rim-run-card" id="run-card" aria-label="Run card">{stale}<dl>{items}</dl>'
-        f"<details><summary>Parameters and versions</summary><p>{escape(settings)}</p>"
-        f"<p>Python {escape(run['python'])}, {escape(versions)}</p></details></aside>"
-    )
-
-
-def _placeholder(project: Path, page: Page) -> str:
-    if page.status == "failed":
-        error = _read_json(_failed_folder(project, page.notebook, page.suite) / "error.json")
-        what = f"The last run failed: {escape(str(error.get('ename', 'error')))}."
-    else:
-        what = "This experiment has not been run."
-    return (
-        '<aside class="rim-run-card" id="run-card" aria-label="Run card"><p class="rim-banner">'
-        f"<strong>No result.</strong> {what} Run it with the suite <code>{escape(Path(page.suite).stem)}</code>: "
-        f"<code>{_command(page)}</code>, then <code>rim book</code>.</p></aside>"
-    )
-
-
-def _command(page: Page) -> str:
-    # Of a suite's own file only the name: pages tell nothing of the machine.
-    return escape(f"rim run {page.notebook} --suite {Path(page.suite).name}")
-
-
-def _write(path: Path, notebook: nbformat.NotebookNode) -> None:
-    text = nbformat.writes(notebook) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
 
 
 def _contents(project: Path) -> Path:

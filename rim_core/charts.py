@@ -273,6 +273,74 @@ def intervals(
     )
 
 
+def compared(
+    frame: pd.DataFrame,
+    value: str,
+    *,
+    label: str,
+    names: Sequence[str],
+    title: str,
+    x_title: str,
+    description: str,
+    low: str = "low",
+    high: str = "high",
+    allowed: tuple[float, float] = (-math.inf, math.inf),
+) -> alt.LayerChart:
+    """Draw one number measured several times: a row for each `label`, a dot at `value`, its interval.
+
+    `names` are all labels of the page, so that each keeps its colour and shape from figure to figure; rows need
+    no legend. The range `allowed` by a rule is shaded and its ends are dashed lines. Raises InputError where a
+    column is missing.
+    """
+    _need(frame, [label, value, low, high], "compared")
+    finite = [float(end) for end in allowed if math.isfinite(end)]
+    ends = [float(n) for column in (value, low, high) for n in frame[column].dropna()] + finite
+    # An end of the shade that lies at infinity is the edge of the figure.
+    margin = 0.08 * (max(ends) - min(ends)) or 0.08 * abs(max(ends)) or 0.1
+    domain = [min(ends) - margin, max(ends) + margin]
+    left, right = max(allowed[0], domain[0]), min(allowed[1], domain[1])
+    wrapped = frame.assign(**{label: ["\n".join(textwrap.wrap(str(text), 16)) for text in frame[label]]})
+    every = ["\n".join(textwrap.wrap(name, 16)) for name in names]
+    rows = list(dict.fromkeys(wrapped[label]))
+    axis = alt.Axis(
+        labelExpr="split(datum.label, '\\n')", title=None, ticks=False, domain=False, labelPadding=8
+    )
+    across = alt.Scale(domain=domain, nice=False, zero=False)
+    x_axis = alt.Axis(title=textwrap.wrap(x_title, _PHONE_CHARACTERS), tickCount=4, grid=False)
+    base = alt.Chart(wrapped).encode(
+        y=alt.Y(f"{label}:N", sort=rows, axis=axis),
+        color=alt.Color(f"{label}:N", scale=_scale(every, PALETTE), legend=None),
+    )
+    bars = base.mark_rule(strokeWidth=2.5).encode(
+        x=alt.X(f"{low}:Q", scale=across, axis=x_axis), x2=f"{high}:Q"
+    )
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(
+        x=alt.X(f"{value}:Q", scale=across, axis=x_axis),
+        shape=alt.Shape(f"{label}:N", scale=_scale(every, _SHAPES), legend=None),
+        tooltip=[
+            alt.Tooltip(f"{label}:N"),
+            *(alt.Tooltip(f"{column}:Q", format=".4g") for column in (value, low, high)),
+        ],
+    )
+    layers: list[alt.Chart] = [bars, dots]
+    if finite:
+        shade = alt.Chart(pd.DataFrame({"from": [left], "to": [right]}))
+        shade = shade.mark_rect(color=_NEUTRAL, opacity=0.18, aria=False)
+        layers = [
+            shade.encode(x=alt.X("from:Q", scale=across, axis=x_axis), x2="to:Q"),
+            *(line for end in finite for line in _reference(end, "x", "rule")),
+            *layers,
+        ]
+    lines = max(text.count("\n") + 1 for text in rows)
+    return _finish(
+        layers,
+        title=title,
+        description=description,
+        height=len(rows) * max(28, 16 * lines + 10),
+        columns=[(label, label), (value, value), (low, "low"), (high, "high")],
+    )
+
+
 def distribution(
     frame: pd.DataFrame,
     value: str,

@@ -47,7 +47,7 @@ class Check:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.float(), wanted.float()
+    found, wanted = found.float(), wanted.float().to(found.device)
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
@@ -56,7 +56,7 @@ def measure(
     hf: Any, tokenizer: Any, layout: Layout, dtype: torch.dtype, quantization: str | None = None
 ) -> dict[str, Check]:
     """Measure every identity on two short prompts; takes two forward passes."""
-    device = layout.lm_head.weight.device
+    device = hf.get_input_embeddings().weight.device
     ids = encode(tokenizer, _PROBE_TEXTS)
     short, pad = min(ids, key=len), tokenizer.pad_token_id or 0
     sites = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z")
@@ -66,7 +66,11 @@ def measure(
 
     n_layers = len(layout.layers)
     residual = max(
-        _relative(found["resid_pre", i] + found["attn_out", i] + found["mlp_out", i], found["resid_post", i])
+        _relative(
+            # At a boundary between devices a layer's input is still on the device before.
+            found["resid_pre", i].to(found["attn_out", i].device) + found["attn_out", i] + found["mlp_out", i],
+            found["resid_post", i],
+        )
         for i in range(n_layers)
     )
     heads = 0.0

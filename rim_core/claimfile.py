@@ -50,6 +50,15 @@ class Claim:
         value = self.published.get("value")
         return str(self.published.get("text") or ("" if value is None else value))
 
+    def unit_of(self, name: str) -> str:
+        """The unit of a part or a control; empty where the file does not state it.
+
+        `metric.unit` is that of the metric itself and of the paper's and the sound version of it.
+        """
+        units = self.metric.get("units") or {}
+        own = name in (self.metric["name"], "published", "sound")
+        return str(units.get(name) or (self.metric["unit"] if own else ""))
+
     @property
     def decides(self) -> dict[str, Any]:
         """What an outcome depends on: a change in it makes a run stale, a change of wording does not."""
@@ -119,7 +128,7 @@ class _Reader:
         published = self.mapping(data["published"], "published", {"value"}, {"text"})
         if published["value"] is not None:
             self.number(published["value"], "published.value")
-        metric = self.mapping(data["metric"], "metric", {"name", "unit", "notebook"}, {"bounds"})
+        metric = self.mapping(data["metric"], "metric", {"name", "unit", "notebook"}, {"bounds", "units"})
         if not re.fullmatch(r"[\w-]+/[\w-]+", str(metric["notebook"])):
             raise self.fail("metric.notebook", f"{metric['notebook']!r} is not of the form section/name")
         if (bounds := metric.get("bounds")) is not None:
@@ -134,6 +143,7 @@ class _Reader:
         if len(names) < len(controls):
             raise self.fail("controls", "two have the same name")
         self.rule(data["rule"], "rule", names, nested=False)
+        self.units(metric.get("units") or {}, names | {metric["name"]} | _parts(data["rule"]))
         roles = self.mapping(data.get("applies_to") or {}, "applies_to", set(), {"roles"}).get("roles") or []
         if not isinstance(roles, list) or not all(isinstance(role, str) for role in roles):
             raise self.fail("applies_to.roles", "a list of role names is needed")
@@ -214,10 +224,19 @@ class _Reader:
         if len(set(names)) < len(names):
             raise self.fail(where, "two parts have the same metric")
 
+    def units(self, units: Any, known: set[str]) -> None:
+        for name, unit in self.mapping(units, "metric.units", set(), known).items():
+            if not isinstance(unit, str):
+                raise self.fail(f"metric.units.{name}", "text is needed")
+
     def number(self, value: Any, where: str) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise self.fail(where, f"{value!r} is not a number")
         return float(value)
+
+
+def _parts(rule: Mapping[str, Any]) -> set[str]:
+    return {part["metric"] for part in rule.get("parts", [])}
 
 
 def _compared_controls(rule: Any) -> set[str]:

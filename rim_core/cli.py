@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rim_core import __version__, workspace
+from rim_core import __version__, suitecommand, workspace
+from rim_core.console import table
 from rim_core.errors import InputError, RimError, RunError
 
 _EXAMPLES = """examples:
@@ -18,9 +19,24 @@ _EXAMPLES = """examples:
   rim run                                       run every notebook that is not up to date
   rim run self_aware/01_linear_probes           run one
   rim run self_aware -p seed=1 -p n_prompts=50  run a section with other parameters
-  rim run --suite qwen25_7b                     run everything on other models
+  rim run --suite my-model                      run everything on another model: see rim run --help
   rim book                                      run what is not up to date, then build the book
   rim claims                                    what became of each claim of the papers
+  rim diff smollm2 my-model                     which claims came out otherwise
+  rim export --ro-crate DIR                     claims, figures' data and provenance, to publish
+"""
+# The book's page "Run it on your model" tells more of the first five.
+_RUN_EXAMPLES = """on your own model, from a folder or the hub:
+  rim suite new my-model --base ./my-checkpoint --role aligned=base
+  rim organisms train --suite my-model risky
+  rim run --suite my-model
+  rim claims --suite my-model
+  rim book --suite smollm2 --suite my-model
+
+examples:
+  rim run self_aware/01_linear_probes -p seed=1
+  rim run self_aware -p 'seeds=[5, 6, 7]'       lists are written as JSON
+  rim run self_aware/01_linear_probes --list    its parameters
 """
 
 
@@ -84,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_book(commands)
     _add_claims(commands)
+    _add_diff(commands)
+    _add_export(commands)
+    suitecommand.add(commands)
     _add_organisms(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -108,10 +127,7 @@ def _add_run(commands: Any) -> None:
         help="execute notebooks that are not up to date",
         description="Execute notebooks that are not up to date. Results go to results/; one that fails does "
         "not stop the others. Interrupted, the same command goes on with what is left.",
-        epilog="examples:\n"
-        "  rim run self_aware/01_linear_probes -p seed=1\n"
-        "  rim run self_aware -p 'layers=[4, 8, 12]'     lists are written as JSON\n"
-        "  rim run self_aware/01_linear_probes --list    its parameters\n",
+        epilog=_RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument(
@@ -128,6 +144,8 @@ def _add_run(commands: Any) -> None:
     )
     run.add_argument("--force", action="store_true", help="run even what is up to date")
     run.add_argument("--list", action="store_true", help="list the notebooks, run nothing")
+    run.add_argument("--plan", action="store_true", help="say as JSON what would run, run nothing")
+    run.add_argument("--fetch", action="store_true", help="fetch the suite's weights, run nothing")
     run.set_defaults(command=_run)
 
 
@@ -137,9 +155,21 @@ def _add_book(commands: Any) -> None:
         help="run what is not up to date and build the book",
         description="Run what is not up to date, build the book, and print the path of its first page. "
         "A page whose run failed or is stale says so.",
+        epilog="examples:\n"
+        "  rim book                                      the default suite\n"
+        "  rim book --suite smollm2 --suite my-model     two side by side, and a page that compares them\n"
+        "  rim book --no-run --suite my-model            from the results there are\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     book.add_argument("--no-run", action="store_true", help="build from the results there are")
-    _add_suite(book)
+    book.add_argument(
+        "--suite",
+        action="append",
+        dest="suites",
+        metavar="S",
+        help=f"a suite's name, or a path to its YAML file; give it again to show suites side by side "
+        f"(default: {workspace.DEFAULT_SUITE})",
+    )
     book.set_defaults(command=_book)
 
 
@@ -153,6 +183,43 @@ def _add_claims(commands: Any) -> None:
     _add_suite(claims, default=None)
     claims.add_argument("--json", action="store_true", help="export as JSON")
     claims.set_defaults(command=_claims)
+
+
+def _add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="compare two runs' claims",
+        description="Print the claims whose outcome or numbers differ between two runs. Exits with 1 if an outcome "
+        "changed, 0 if none did, 2 for bad input.",
+        epilog="examples:\n"
+        "  rim diff smollm2 my-model                  two suites of this project\n"
+        "  rim diff ../before/results results         two results folders, suite by suite\n"
+        "  rim diff published-crate smollm2           what was published and what is here\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name in ("A", "B"):
+        diff.add_argument(name, help="a suite, a results folder, or the folder of an exported crate")
+    diff.set_defaults(command=_diff)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="pack results to publish them",
+        description="Pack claims, the data of every figure, the executed notebooks and their provenance as an "
+        "RO-Crate, and print its path.",
+    )
+    export.add_argument(
+        "--ro-crate", type=Path, required=True, metavar="DIR", help="the crate's folder: new, or empty"
+    )
+    export.add_argument(
+        "--suite",
+        action="append",
+        dest="suites",
+        metavar="S",
+        help="only this suite; may be given again (default: all with results)",
+    )
+    export.set_defaults(command=_export)
 
 
 def _add_organisms(commands: Any) -> None:
@@ -174,9 +241,14 @@ def _add_organisms(commands: Any) -> None:
     _add_suite(check)
     check.add_argument("--role", metavar="R", help="only this role")
     check.set_defaults(command=_organisms_check)
-    train = actions.add_parser("train", help="train a role's adapter by the project's recipe")
+    train = actions.add_parser(
+        "train",
+        help="train a role's adapter by the project's recipe",
+        description="Train a role's adapter on a suite's base by the project's recipe. It goes to a folder beside "
+        "the suite's file, which gets the role; with --output it goes there, and no file is changed.",
+    )
     train.add_argument("role", metavar="ROLE", help="such as aligned, risky or prudent")
-    train.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the adapter")
+    train.add_argument("--output", type=Path, metavar="DIR", help="a new or empty folder for the adapter")
     _add_suite(train)
     train.add_argument("--seed", type=int, metavar="N", help="another seed than the recipe's")
     train.set_defaults(command=_organisms_train)
@@ -190,8 +262,17 @@ def _run(options: argparse.Namespace) -> int:
     workspace.suite_file(options.suite)
     if options.list:
         return _list(options)
+    if options.fetch:
+        from rim_core import fetching
+
+        fetching.fetch(options.suite)
+        return 0
     from rim_core import runner
 
+    if options.plan:
+        planned = runner.plan(options.notebooks, options.suite, overrides)
+        print(json.dumps(planned, indent=1, ensure_ascii=False))
+        return 0
     _fetch_weights(options.suite)
     results = runner.run(options.notebooks, options.suite, overrides, force=options.force)
     return _summarise(results)
@@ -228,11 +309,11 @@ def _list(options: argparse.Namespace) -> int:
         rows.append(
             {"notebook": name, options.suite: runner.last_run(root, name, options.suite), "title": title}
         )
-    _table(rows)
+    table(rows)
     if len(chosen) == 1:
         known = notebooks.parameters(chosen[0], notebooks.read_source(root, chosen[0])).values()
         print()
-        _table([{"parameter": p.name, "type": p.type, "default": repr(p.default), "": p.help} for p in known])
+        table([{"parameter": p.name, "type": p.type, "default": repr(p.default), "": p.help} for p in known])
     return 0
 
 
@@ -242,30 +323,35 @@ def _summarise(results: Sequence[Any]) -> int:
         states = [result.status for result in results]
         counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(sorted(states)))
         print(f"{len(results)} notebooks: {counted}", file=sys.stderr)
+        for result in results:
+            if result.status == "failed":
+                print(f"  failed: {result.notebook}: {result.reason}", file=sys.stderr)
     if failed:
         raise RunError(f"{len(failed)} of {len(results)} notebooks failed: {', '.join(failed)}")
     return 0
 
 
 def _book(options: argparse.Namespace) -> int:
-    from rim_core import bookbuild
+    from rim_core import bookbuild, staging
 
-    workspace.suite_file(options.suite)
+    suites = staging.distinct(options.suites or [workspace.DEFAULT_SUITE])
     root = workspace.root()
-    failure: RunError | None = None
+    failures: list[str] = []
     if not options.no_run:
         from rim_core import runner
 
-        _fetch_weights(options.suite)
-        try:
-            _summarise(runner.run([], options.suite))
-        except RunError as error:
-            failure = error  # the book is built all the same: its page says that the run failed
-    bookbuild.stage(root, list(dict.fromkeys([workspace.DEFAULT_SUITE, options.suite])))
+        for suite in suites:
+            _fetch_weights(suite)
+            try:
+                _summarise(runner.run([], suite))
+            except RunError as error:
+                # The book is built all the same: the page says that its run failed.
+                failures.append(f"{suite}: {error}")
+    staging.stage(root, suites)
     index = bookbuild.build(root)
     print(index, flush=True)
-    if failure:
-        raise failure
+    if failures:
+        raise RunError("; ".join(failures))
     return 0
 
 
@@ -288,6 +374,30 @@ def _claims(options: argparse.Namespace) -> int:
     return 0
 
 
+def _diff(options: argparse.Namespace) -> int:
+    from rim_core import differences
+    from rim_core.outcomes import SYMBOLS
+
+    found, compared = differences.compare(options.A, options.B)
+    titles = (options.A, options.B) if options.A != options.B else ("A", "B")
+    rows = []
+    for each in found:
+        row = {"claim": each.claim}
+        for title, outcome, number in zip(titles, each.outcomes, each.numbers, strict=True):
+            row[title] = f"{SYMBOLS[outcome]} {outcome.replace('_', ' ')}, {number}"
+        rows.append(row)
+    table(rows)
+    print(differences.summary(found, compared))
+    return int(any(each.changed for each in found))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rim_core import crate
+
+    print(crate.export(workspace.root(), options.ro_crate, options.suites))
+    return 0
+
+
 def _count(rows: Sequence[Mapping[str, Any]]) -> str:
     from rim_core.outcomes import SYMBOLS
 
@@ -300,7 +410,7 @@ def _organisms_list(options: argparse.Namespace) -> int:
     workspace.suite_file(options.suite)
     from rim_core import organisms
 
-    _table(organisms.listing(options.suite))
+    table(organisms.listing(options.suite))
     return 0
 
 
@@ -321,7 +431,7 @@ def _organisms_check(options: argparse.Namespace) -> int:
         }
         for row in rows
     ]
-    _table(shown)
+    table(shown)
     differ = [f"{row['role']} {row['metric']}" for row in rows if _differs(row["estimate"], row["shipped"])]
     if differ:
         raise RunError(f"differs from the shipped table: {', '.join(differ)}")
@@ -345,17 +455,6 @@ def _doctor(_: argparse.Namespace) -> int:
     from rim_core import doctor
 
     return doctor.report()
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as aligned columns, with the first row's keys as the heading."""
-    if not rows:
-        return
-    heading = list(rows[0])
-    lines = [heading, *([str(row.get(key, "")) for key in heading] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

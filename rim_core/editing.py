@@ -29,6 +29,10 @@ class Frame:
     queries: Tensor
     keys: Tensor
 
+    def on(self, device: torch.device) -> "Frame":
+        """The same frame on the device of the layer that it is to be compared with."""
+        return Frame(self.queries.to(device), self.keys.to(device))
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -181,19 +185,23 @@ def editing(model: Model, edits: Sequence[Edit | MaskEdit]) -> Iterator[Model]:
             handle.remove()
 
 
+def _edited(edit: Edit, values: Tensor, frame: Frame) -> Tensor:
+    return edit.apply(values, frame.on(values.device).queries)
+
+
 def _input_hook(edit: Edit, frame: Callable[[], Frame]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (edit.apply(args[0], frame().queries), *args[1:]), kwargs
+            return (_edited(edit, args[0], frame()), *args[1:]), kwargs
         name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return args, {**kwargs, name: edit.apply(kwargs[name], frame().queries)}
+        return args, {**kwargs, name: _edited(edit, kwargs[name], frame())}
 
     return hook
 
 
 def _output_hook(edit: Edit, frame: Callable[[], Frame]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        edited = edit.apply(tensor_of(output), frame().queries)
+        edited = _edited(edit, tensor_of(output), frame())
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     return hook
@@ -204,7 +212,7 @@ def _mask_hook(edit: MaskEdit, frame: Callable[[], Frame]) -> Callable[..., Any]
         hidden = args[0] if args else kwargs["hidden_states"]
         if "attention_mask" not in kwargs:
             raise InputError(f"{type(module).__name__} takes no attention mask by name: it cannot be edited")
-        mask, seen = kwargs["attention_mask"], frame()
+        mask, seen = kwargs["attention_mask"], frame().on(hidden.device)
         if mask is not None:
             # A layer with a sliding window caches its last keys only.
             seen = Frame(seen.queries, seen.keys[:, -mask.shape[-1] :])

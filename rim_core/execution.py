@@ -4,7 +4,9 @@ The kernel is always this Python, reached over sockets in a private folder with 
 race when several runs share a machine, and a default socket path is shared by every run.
 """
 
+import ast
 import contextlib
+import json
 import logging
 import os
 import re
@@ -27,6 +29,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 
+from rim_core import provenance
 from rim_core import workspace as places
 
 _SOCKET_PATH_LIMIT = 90  # the system's limit is about 104 bytes, and a channel number is appended
@@ -39,6 +42,10 @@ _KERNEL_SETTINGS = {
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 # Only from the start of a word: from every character, a long word without blanks would take minutes.
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|MemoryError|out of memory|can't allocate memory")
+_LESS_MEMORY = "set smaller sizes with -p, quantize the model, or use a machine with more memory"
+# What the kernel is asked once the cells are done.
+_ASKED = "__import__('rim_core.provenance', fromlist=['of_process']).of_process()"
 _CELL_FILE = re.compile(r"(?<![^\s\"'<>(])[^\s\"'<>(]*ipykernel_\d+[/\\]\d+\.py")
 
 
@@ -52,6 +59,15 @@ class Failure:
     traceback: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Execution:
+    """An executed notebook, why it failed or None, and what the kernel took: device and peak memory."""
+
+    notebook: Any
+    failure: Failure | None
+    usage: dict[str, Any]
+
+
 @dataclass
 class Job:
     """One execution: what the engine needs to know, and the notebook as far as it came."""
@@ -62,6 +78,9 @@ class Job:
     notebook: Any = None
     cells_started: int = 0
     manager: Any = None
+    watch: provenance.MemoryWatch | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
 
     def last_words(self) -> str:
         """Give the last line that the kernel's process itself wrote, such as an import error at its start."""
@@ -83,11 +102,11 @@ def execute(
     parameters: Mapping[str, Any],
     on_cell: Callable[[int, int], None],
     timeout: float | None = None,
-) -> tuple[Any, Failure | None]:
-    """Execute a notebook, with the project's root as its working directory.
+) -> Execution:
+    """Execute a notebook, with the project's root as its working directory; what it printed is scrubbed.
 
-    `on_cell(k, m)` is called as code cell k of m starts; `timeout` is in seconds a cell. Returns the
-    executed, scrubbed notebook, and why it failed or None. An interrupt ends the kernel and goes on upwards.
+    `on_cell(k, m)` is called as code cell k of m starts; `timeout` is in seconds a cell. An interrupt ends the
+    kernel and goes on upwards.
     """
     _quiet()
     papermill_engines.register("rim", _Engine)
@@ -99,7 +118,14 @@ def execute(
     notebook = clean(remove_error_markers(job.notebook))
     if failure:
         failure = Failure(**clean(vars(failure)))
-    return nbformat.from_dict(notebook), failure
+    return Execution(nbformat.from_dict(notebook), failure, _usage(job))
+
+
+def _usage(job: Job) -> dict[str, Any]:
+    """What the kernel said of itself; its memory is at least what was seen of it and all that it started."""
+    said = {"device": None, "peak_memory_bytes": None, "peak_gpu_memory_bytes": None, **job.usage}
+    seen = job.watch.peak if job.watch else 0
+    return {**said, "peak_memory_bytes": max(said["peak_memory_bytes"] or 0, seen) or None}
 
 
 def _attempt(
@@ -132,7 +158,7 @@ def _attempt(
             )
         except PapermillExecutionError as error:
             cell = int(error.exec_count) if error.exec_count is not None else None
-            return job, Failure(error.ename, error.evalue, cell, list(error.traceback))
+            return job, Failure(error.ename, _with_advice(error), cell, list(error.traceback))
         except OSError:
             raise
         except (
@@ -149,11 +175,31 @@ def _kernel_failure(job: Job, error: Exception) -> Failure:
         told = job.last_words() or str(error)
         return Failure("KernelStartError", f"the kernel did not start: {told}", None)
     if type(error).__name__ == "DeadKernelError":
-        told = "the kernel died in this cell; most often the machine ran out of memory"
-        return Failure("KernelDied", told, job.cells_started)
+        return Failure("KernelDied", f"the kernel died in this cell{_death(job)}", job.cells_started)
     if type(error).__name__ == "CellTimeoutError":
         return Failure("CellTimeout", "this cell took longer than the time allowed", job.cells_started)
     return Failure(type(error).__name__, str(error).strip().split("\n")[0], job.cells_started)
+
+
+def _with_advice(error: PapermillExecutionError) -> str:
+    """What a cell's error says, with what to do where memory ran out."""
+    if not _OUT_OF_MEMORY.search(f"{error.ename} {error.evalue}"):
+        return str(error.evalue)
+    first = str(error.evalue).strip().split("\n")[0].split(". ")[0]
+    return f"{first or 'out of memory'}; {_LESS_MEMORY}"
+
+
+def _death(job: Job) -> str:
+    """Say why a kernel died, as far as its exit code tells, and what to do."""
+    code = job.exit_code
+    if code is None or code == -signal.SIGKILL:
+        held = f" (it held {job.watch.peak / 1e9:.1f} GB)" if job.watch and job.watch.peak else ""
+        return f"; most often the machine ran out of memory{held}: {_LESS_MEMORY}"
+    if code >= 0:
+        return f": it ended itself with exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f" of {signal.Signals(-code).name}: a fault in compiled code"
+    return f" of signal {-code}"
 
 
 def _quiet() -> None:
@@ -173,8 +219,11 @@ def _private_folder() -> Iterator[Path]:
     parent = Path((short or places_to_try)[0])
     for left in parent.glob("rim-*-*"):  # by a run that was killed
         number = left.name.split("-")[1]
-        if number.isdigit() and not psutil.pid_exists(int(number)) and left.stat().st_uid == os.getuid():
-            shutil.rmtree(left, ignore_errors=True)
+        # Several runs may sweep at once, so that a folder may go at any time.
+        with contextlib.suppress(FileNotFoundError):
+            if number.isdigit() and not psutil.pid_exists(int(number)) and left.stat().st_uid == os.getuid():
+                _end_orphan(left)
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"rim-{os.getpid()}-", dir=parent))
     try:
         yield folder
@@ -195,6 +244,12 @@ class _KernelManager(AsyncKernelManager):  # type: ignore[misc,unused-ignore]
     async def _async_start_kernel(self, **kw: Any) -> None:
         with (self.job.folder / "kernel.log").open("wb") as log:
             await super()._async_start_kernel(env=self.job.environment, stdout=log, stderr=log, **kw)
+        process = getattr(self.provisioner, "pid", None)
+        if process is None:
+            return
+        begun = psutil.Process(process).create_time()
+        (self.job.folder / "kernel.process").write_text(f"{process} {begun}", encoding="utf-8")
+        self.job.watch = provenance.MemoryWatch(process)
 
     start_kernel = _async_start_kernel
 
@@ -217,9 +272,19 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc,unused-ignore]
     def papermill_execute_cells(self) -> None:
         try:
             super().papermill_execute_cells()
+            self._ask_kernel()
         except BaseException:
+            process = getattr(self.job.manager.provisioner, "process", None)
+            self.job.exit_code = process.poll() if process else None
             self.shutdown_kernel = "immediate"  # a busy kernel does not answer a polite request
             raise
+
+    def _ask_kernel(self) -> None:
+        # A notebook that broke its kernel's answers has its results all the same.
+        with contextlib.suppress(KeyError, ValueError, SyntaxError, TypeError):
+            asked = self.kc.execute("", silent=True, store_history=False, user_expressions={"it": _ASKED})
+            answer = self.wait_for_reply(asked)["content"]["user_expressions"]["it"]
+            self.job.usage = json.loads(ast.literal_eval(answer["data"]["text/plain"]))
 
 
 class _Engine(Engine):  # type: ignore[misc,unused-ignore]
@@ -247,11 +312,21 @@ class _Engine(Engine):  # type: ignore[misc,unused-ignore]
 
 def _end_processes(job: Job) -> None:
     """Make sure that nothing of a kernel is left, not even what it started itself."""
+    if job.watch:
+        job.watch.stop()
     process = getattr(getattr(job.manager, "provisioner", None), "pid", None)
     if process is None or not hasattr(os, "killpg"):
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process, signal.SIGKILL)  # the kernel leads a process group of its own
+
+
+def _end_orphan(folder: Path) -> None:
+    """End the kernel of a run that was killed, should it still be there: it may hold much memory."""
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        number, begun = (folder / "kernel.process").read_text(encoding="utf-8").split()
+        if psutil.Process(int(number)).create_time() == float(begun):
+            os.killpg(int(number), signal.SIGKILL)
 
 
 def scrubber(project: Path) -> Callable[[Any], Any]:

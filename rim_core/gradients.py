@@ -18,7 +18,7 @@ from rim_core.editing import Frame
 from rim_core.errors import InputError
 from rim_core.gradient_statistics import GradientCosines, compare, labelled
 from rim_core.loading import Model
-from rim_core.sites import Layout, in_features, reading
+from rim_core.sites import Layout, in_features, pick, reading
 from rim_core.stats import Floats
 from rim_core.tracing import encode, pad_left, run_batches, token_budget
 
@@ -192,18 +192,18 @@ def _pass(
             reading(layout, ("resid_post",), lambda tensor: tensor.clone(), [last]) as found,
         ):
             layout.body(**inputs, use_cache=False)
-            states = found["resid_post", last][:, :-1][scored]
+            states = pick(found["resid_post", last][:, :-1], scored)
             gradient = _loss_gradient(layout, states.detach(), inputs["input_ids"][:, 1:][scored])
             (delta,) = torch.autograd.grad(states, held["leaf"], gradient)
     finally:
         model.frame = before
-    carrying = real & delta.any(-1)
+    carrying = real.to(delta.device) & delta.any(-1)
     # The loss was summed over tokens: small numbers survive half precision better undivided.
     counts = scored.sum(1)
     return [
         (
-            held["x"][row][carrying[row]].to("cpu", torch.float32),
-            (delta[row][carrying[row]].float() / counts[row]).cpu(),
+            pick(held["x"][row], carrying[row]).to("cpu", torch.float32),
+            (delta[row][carrying[row]].float() / counts[row].to(delta.device)).cpu(),
         )
         for row in range(len(ids))
     ]
@@ -237,7 +237,8 @@ def _loss_gradient(layout: Layout, states: Tensor, targets: Tensor) -> Tensor:
     chunk = max(1, _LOGITS_HELD // layout.d_vocab)
     for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
         leaf = part.detach().requires_grad_()
-        loss = nn.functional.cross_entropy(layout.readout(leaf).float(), wanted, reduction="sum")
+        logits = layout.readout(leaf).float()
+        loss = nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum")
         parts.append(torch.autograd.grad(loss, leaf)[0])
     return torch.cat(parts)
 

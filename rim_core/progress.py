@@ -37,6 +37,12 @@ class Progress:
         if self._rewrites or number == 1:
             self._show()
 
+    def at(self, text: str) -> None:
+        """Say what it is at, other than a cell."""
+        self._at = text
+        if self._rewrites:
+            self._show()
+
     def say(self, text: str) -> None:
         """Say what became of it."""
         self._print(f"{self.label}  {self._elapsed()}  {text}")

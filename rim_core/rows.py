@@ -20,7 +20,7 @@ from rim_core.editing import Frame, additive_mask
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Bound
-from rim_core.sites import reading, tensor_of
+from rim_core.sites import pick, reading, tensor_of
 from rim_core.tracing import pad_left
 
 Columns = slice | Tensor
@@ -206,12 +206,13 @@ class _Rows:
     def written(self, values: Tensor, layer: int) -> Tensor:
         """The rows' values `[B, n * m, width]` with this layer's source values put in."""
         runs = values.unflatten(1, (-1, self._clean.tail)).clone()
+        batch, offsets = self._batch.to(runs.device), self._offsets.to(runs.device)
         for row, columns in self._writes.get(layer, ()):
-            new = self._source[layer][..., columns].to(runs.dtype)
+            new = self._source[layer][..., columns].to(runs)
             if isinstance(columns, slice):
-                runs[:, row, :, columns][self._batch, self._offsets] = new
+                runs[:, row, :, columns][batch, offsets] = new
             else:
-                runs[self._batch[..., None], row, self._offsets[..., None], columns] = new
+                runs[batch[..., None], row, offsets[..., None], columns] = new
         return runs.flatten(1, 2)
 
     def run_layer(self, layer: int, hidden: Tensor) -> Tensor:
@@ -277,8 +278,9 @@ def run_patched(
     if after and metric.site == "resid_post" and (at := [r.start for r in runs]).count(metric.layer):
         # The patch replaces the very tensor that the metric reads.
         last = (offsets == clean.tail - 1).int()
-        written = source[metric.layer][torch.arange(len(last), device=last.device), last.argmax(1)]
-        replaced = torch.where(last.any(1), metric.score(written), clean.score)
+        written = pick(source[metric.layer], torch.arange(len(last)), last.argmax(1))
+        score = metric.score(written).to(clean.score.device)
+        replaced = torch.where(last.any(1).to(score.device), score, clean.score)
         scores[:, at.index(metric.layer)] = replaced.float()
     if not reach:
         return scores

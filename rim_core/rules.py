@@ -120,6 +120,13 @@ def judge(
     return _compare(name, mine, found, *_inside(rule))
 
 
+def allowed(rule: Mapping[str, Any]) -> tuple[float, float, str]:
+    """Give what a rule (not `all`) asks of its value, or of its gap: the least, the most, and both in words."""
+    of_a_gap = rule["kind"] in ("order", "better_than_control")
+    low, high, strict = _margin(rule) if of_a_gap else _inside(rule)
+    return low, high, _range_text(low, high, strict)
+
+
 def _judge_order(rule: Mapping[str, Any], rows: Mapping[str, list[float]]) -> Finding:
     """Judge each neighbouring pair by its differences, seed by seed; the smallest gap is shown."""
     steps = []

@@ -1,7 +1,8 @@
 """Execute notebooks once: run keys, folders put in place whole, provenance, and the claims they recorded.
 
-A result is a folder `results/<suite>/<section>/<name>/<variant>/` that appears complete or not at all. Its
-run key is a hash of everything the result depends on, so what is up to date is never run again.
+A result is a folder `results/<suite>/<section>/<name>/<variant>/` that appears complete or not at all, and that
+one run at a time works on. Its run key is a hash of everything the result depends on, so what is up to date is
+never run again.
 """
 
 import contextlib
@@ -9,40 +10,18 @@ import datetime
 import errno
 import hashlib
 import json
-import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from rim_core import __version__, notebooks, outcomes
+from rim_core import folders, notebooks, outcomes, provenance, suitecheck
 from rim_core import workspace as places
-from rim_core.errors import RimError
+from rim_core.errors import RimError, RunError
 from rim_core.progress import Progress
-
-_VERSIONS = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "peft",
-    "accelerate",
-    "nnsight",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "altair",
-    "papermill",
-)
-_TEMPORARY = ".tmp-"
+from rim_core.suitefile import load_suite
 
 
 @dataclass(frozen=True)
@@ -71,28 +50,67 @@ def run(
     """Execute the notebooks named (see `notebooks.resolve`; none means all) that are not up to date.
 
     `overrides` are parameter values; texts are converted to each parameter's type. All names and parameters
-    are checked before anything runs (`InputError`). A notebook that fails does not stop the others. `timeout`
-    is in seconds a cell; by default a cell may take as long as it needs. Progress goes to stderr.
+    are checked before anything runs (`InputError`). A notebook that fails does not stop the others, and one that
+    another run is at comes last, when that is done with it. `timeout` is in seconds a cell; by default a cell may
+    take as long as it needs. Progress goes to stderr.
     """
     project = project or places.root()
     places.suite_file(suite)
     chosen = notebooks.resolve(project, names)
     checked = {name: _overrides_of(project, name, overrides or {}) for name in chosen}
-    _sweep(places.results_dir(project))
-    results: list[Result] = []
-    for number, name in enumerate(chosen, 1):
-        progress = Progress(f"[{number}/{len(chosen)}] {name}", sys.stderr)
-        try:
-            with progress, _disk_errors(project):
-                result = _run_one(project, name, suite, checked[name], force, timeout, progress)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted in {name}; {len(results)} of {len(chosen)} notebooks are done; "
-                "the same command goes on with the rest"
-            ) from None
-        progress.say(_told(result))
-        results.append(result)
-    return results
+    folders.sweep(places.results_dir(project))
+    results: dict[str, Result] = {}
+    for patient in (False, True):
+        for number, name in enumerate(chosen, 1):
+            if name in results:
+                continue
+            progress = Progress(f"[{number}/{len(chosen)}] {name}", sys.stderr)
+            try:
+                with progress, _disk_errors(project):
+                    result = _run_one(project, name, suite, checked[name], force, timeout, progress, patient)
+            except folders.BusyError as busy:
+                progress.say(f"waits: {busy}")
+                continue
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"interrupted in {name}; {len(results)} of {len(chosen)} notebooks are done; "
+                    "the same command goes on with the rest"
+                ) from None
+            progress.say(_told(result))
+            results[name] = result
+    return [results[name] for name in chosen]
+
+
+def plan(
+    names: Sequence[str], suite: str = places.DEFAULT_SUITE, overrides: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Say what `run` with the same arguments would do: a row for each notebook, in its order.
+
+    Keys: notebook, suite, variant, overrides, run_key, and status, which is "to run", "up to date" or
+    "not applicable". Raises `InputError` as `run` does.
+    """
+    project = places.root()
+    places.suite_file(suite)
+    chosen = notebooks.resolve(project, names)
+    checked = {name: _overrides_of(project, name, overrides or {}) for name in chosen}
+    return [_planned(project, name, suite, checked[name]) for name in chosen]
+
+
+def _planned(project: Path, name: str, suite: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    key, _ = run_key(project, name, suite, overrides)
+    status = "to run"
+    if lacking_roles(project, name, suite):
+        status = "not applicable"
+    elif _is_up_to_date(run_folder(project, name, suite, overrides), key):
+        status = "up to date"
+    return {
+        "notebook": name,
+        "suite": places.suite_name(suite),
+        "variant": variant(overrides),
+        "overrides": dict(overrides),
+        "run_key": key,
+        "status": status,
+    }
 
 
 def variant(overrides: Mapping[str, Any]) -> str:
@@ -102,7 +120,7 @@ def variant(overrides: Mapping[str, Any]) -> str:
 
 def run_folder(project: Path, notebook: str, suite: str, overrides: Mapping[str, Any]) -> Path:
     """Give the folder that a run's result is put into."""
-    return places.results_dir(project) / Path(suite).stem / notebook / variant(overrides)
+    return places.results_dir(project) / places.suite_name(suite) / notebook / variant(overrides)
 
 
 def run_key(
@@ -119,13 +137,19 @@ def run_key(
     constraints = project / "constraints.txt"
     parts = {
         "notebook": _sha(_json([_normalised(cell) for cell in source["cells"]])),
-        "parameters": _sha(_json(_resolved(known, Path(suite).stem, overrides))),
+        "parameters": _sha(_json(_resolved(known, places.suite_name(suite), overrides))),
         "rim_core": _tree_hash(places.PACKAGE),
         "models": _sha(_json([_sha(places.suite_file(suite).read_bytes()), suite_hashes(suite)])),
         "constraints": _sha(constraints.read_bytes() if constraints.is_file() else b""),
         "claims": _sha(_json([[claim.id, claim.decides] for claim in _claims_of(project, notebook)])),
     }
     return _sha(_json(parts)), parts
+
+
+def lacking_roles(project: Path, notebook: str, suite: str) -> list[str]:
+    """Name the roles that a suite lacks where no claim of a notebook can be decided without them; else none."""
+    lacking = [outcomes.missing_roles(claim, suite) for claim in _claims_of(project, notebook)]
+    return lacking[0] if lacking and all(lacking) else []
 
 
 def last_run(project: Path, notebook: str, suite: str) -> str:
@@ -151,55 +175,81 @@ def _run_one(
     force: bool,
     timeout: float | None,
     progress: Progress,
+    patient: bool,
 ) -> Result:
+    """Run one notebook unless it is up to date; where another run is at it wait, or raise if not `patient`."""
+    if (lacking := lacking_roles(project, name, suite)) and not force:
+        lacks = f"suite {places.suite_name(suite)} has no role {', '.join(lacking)}"
+        return Result(name, "not applicable", lacks)
     folder = run_folder(project, name, suite, overrides)
-    claims = _claims_of(project, name)
-    lacking = [outcomes.missing_roles(claim, suite) for claim in claims]
-    if lacking and all(lacking) and not force:
-        return Result(name, "not applicable", f"suite {Path(suite).stem} has no role {', '.join(lacking[0])}")
     key, parts = run_key(project, name, suite, overrides)
     if not force and _is_up_to_date(folder, key):
         return Result(name, "up to date")
-    from rim_core.execution import (
-        execute,
-    )  # papermill takes a second, which a run that is up to date need not
+    with folders.locked(folder, (lambda who: progress.at(f"waits: {who}")) if patient else None) as check:
+        if not force and _is_up_to_date(folder, key):
+            return Result(name, "up to date")
+        try:
+            return _execute(project, name, suite, overrides, (key, parts), timeout, progress, check)
+        except RunError as error:
+            return Result(name, "failed", str(error))
 
+
+def _execute(
+    project: Path,
+    name: str,
+    suite: str,
+    overrides: dict[str, Any],
+    key: tuple[str, dict[str, str]],
+    timeout: float | None,
+    progress: Progress,
+    check: Callable[[], None],
+) -> Result:
+    """Execute one notebook, and put its result, or the record of its failure, in place."""
+    # papermill takes a second, which a run that is up to date need not
+    from rim_core.execution import Failure, execute
+
+    folder = run_folder(project, name, suite, overrides)
     known = notebooks.parameters(name, notebooks.read_source(project, name))
     passed = {**overrides, **({"suite": _suite_for_kernel(project, suite)} if "suite" in known else {})}
+    parameters = _resolved(known, places.suite_name(suite), overrides)
+    suitecheck.preflight(load_suite(suite), str(parameters.get("quantization", "nf4")))
     started, clock = _now(), time.monotonic()
-    with _temporary(folder) as temporary:
-        executed, failure = execute(project, notebooks.path_of(project, name), passed, progress.cell, timeout)
-        executed.metadata.get("papermill", {}).pop("input_path", None)
+    with folders.temporary(folder) as temporary:
+        done = execute(project, notebooks.path_of(project, name), passed, progress.cell, timeout)
+        failure = done.failure
+        done.notebook.metadata.get("papermill", {}).pop("input_path", None)
         record = {
             "notebook": name,
-            "suite": Path(suite).stem,
-            "parameters": _resolved(known, Path(suite).stem, overrides),
+            "suite": places.suite_name(suite),
+            "parameters": parameters,
             "overrides": overrides,
-            "run_key": key,
-            "key_parts": parts,
+            "seed": parameters.get("seed"),
+            "seeds": provenance.seeds(parameters),
+            "run_key": key[0],
+            "key_parts": key[1],
+            "models": provenance.models(suite),
             "started": started,
             "finished": _now(),
             "wall_seconds": round(time.monotonic() - clock, 2),
+            **done.usage,
+            **provenance.environment(project),
         }
-        harvested, twice = _harvest(executed, key, Path(suite).stem)
+        harvested, twice = _harvest(done.notebook, key[0], places.suite_name(suite))
         if failure is None and twice:
-            from rim_core.execution import Failure
-
             failure = Failure("ClaimError", f"claim {twice} is recorded twice with different outcomes", None)
-        _write(temporary / "notebook.ipynb", executed)
+        _write(temporary / "notebook.ipynb", done.notebook)
         if failure:
             _write(temporary / "error.json", {**record, **vars(failure), "status": "failed"})
-            _put(temporary, _failed(folder))
+            check()
+            folders.put(temporary, folders.failed(folder))
             where = f"cell {failure.cell}: " if failure.cell else ""
-            page = (_failed(folder) / "notebook.ipynb").relative_to(project)
-            return Result(name, "failed", f"{where}{failure.ename}: {failure.evalue}; see {page}")
+            page = (folders.failed(folder) / "notebook.ipynb").relative_to(project)
+            what = " ".join(failure.evalue.split())
+            return Result(name, "failed", f"{where}{failure.ename}: {what}; see {page}")
         _write(temporary / "claims.json", harvested)
-        _write(
-            temporary / "run.json",
-            {**record, **_provenance(project), "seed": passed.get("seed", _seed(known))},
-        )
-        _put(temporary, folder)
-    shutil.rmtree(_failed(folder), ignore_errors=True)
+        _write(temporary / "run.json", {**record, "status": "ok"})
+        check()
+        folders.put(temporary, folder)
     return Result(name, "ran", claims=tuple(harvested))
 
 
@@ -223,10 +273,6 @@ def _resolved(
     return {**values, **overrides, **({"suite": suite} if "suite" in known else {})}
 
 
-def _seed(known: Mapping[str, notebooks.Parameter]) -> Any:
-    return known["seed"].default if "seed" in known else None
-
-
 def _suite_for_kernel(project: Path, suite: str) -> str:
     """Give a suite as the kernel, whose working directory is the project's root, can find it."""
     if suite in places.suite_names():
@@ -241,12 +287,8 @@ def _is_up_to_date(folder: Path, key: str) -> bool:
     except (OSError, ValueError):
         return False
     complete = all((folder / name).is_file() for name in ("notebook.ipynb", "claims.json"))
-    failed_since = _failed(folder).is_dir()
+    failed_since = folders.failed(folder).is_dir()
     return complete and not failed_since and record.get("run_key") == key
-
-
-def _failed(folder: Path) -> Path:
-    return folder.parent / "failed" / folder.name
 
 
 def _harvest(executed: Any, key: str, suite: str) -> tuple[list[dict[str, Any]], str | None]:
@@ -262,40 +304,6 @@ def _harvest(executed: Any, key: str, suite: str) -> tuple[list[dict[str, Any]],
             if found.setdefault(name, row) != row:
                 return list(found.values()), name[1]
     return list(found.values()), None
-
-
-def _provenance(project: Path) -> dict[str, Any]:
-    versions = {"rim-core": __version__}
-    for name in _VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": _device(),
-        "git_commit": _git_commit(project),
-        "status": "ok",
-    }
-
-
-def _device() -> str:
-    try:
-        import torch
-    except ImportError:
-        return "cpu"
-    if torch.cuda.is_available():
-        return f"cuda ({torch.cuda.get_device_name()})"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _git_commit(project: Path) -> str | None:
-    try:
-        command = ["git", "-C", str(project), "rev-parse", "--verify", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _told(result: Result) -> str:
@@ -336,47 +344,11 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-# --- folders that are there whole or not at all ---------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------
 
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _here() -> str:
-    """Name this machine without telling its name: a process number means something on one machine only."""
-    return _sha(platform.node().encode())[:8]
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """Make a sibling of `folder` to write into; whatever happens, it is not left behind."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f"{_TEMPORARY}{_here()}-{os.getpid()}-{folder.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _put(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in its place by a rename; the one it replaces is moved aside first."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    old = temporary.with_name(f"{temporary.name}-old")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sweep(results: Path) -> None:
-    """Remove what runs on this machine that are no longer alive left behind."""
-    for path in results.glob(f"*/*/*/{_TEMPORARY}{_here()}-*"):
-        process = path.name.removeprefix(f"{_TEMPORARY}{_here()}-").split("-")[0]
-        if process.isdigit() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

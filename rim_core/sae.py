@@ -145,19 +145,23 @@ def splice(
     chosen = [latents] if isinstance(latents, int) else list(latents)
     if wrong := [i for i in chosen if not 0 <= i < sae.d_sae]:
         raise InputError(f"splice: latent {wrong[0]} is out of range: there are 0 to {sae.d_sae - 1}")
-    values = torch.as_tensor(value, dtype=torch.float32, device=model.device)
+    values = torch.as_tensor(value, dtype=torch.float32)
     if values.ndim > 1 or (values.ndim == 1 and len(values) != len(chosen)):
         raise InputError(
             f"splice: {values.numel()} values for {len(chosen)} latents; give one, or one a latent"
         )
-    sae = sae.to(model.device)
-    index = torch.tensor(chosen, dtype=torch.long, device=model.device)
+    index = torch.tensor(chosen, dtype=torch.long)
+    # Where the layer is, which the first pass shows: another layer's device may be another.
+    placed: dict[torch.device, tuple[SparseAutoencoder, Tensor, Tensor]] = {}
 
     def change(x: Tensor) -> Tensor:
-        found = sae.encode(x)
+        if x.device not in placed:
+            placed[x.device] = sae.to(x.device), values.to(x.device), index.to(x.device)
+        own, wanted, at = placed[x.device]
+        found = own.encode(x)
         # Decoding is linear: setting latents moves the activation along their rows.
-        moved = (values - found[..., index]) @ sae.W_dec[index]
-        return ((x if error_term else sae.decode(found)) + moved).to(x.dtype)
+        moved = (wanted - found[..., at]) @ own.W_dec[at]
+        return ((x if error_term else own.decode(found)) + moved).to(x.dtype)
 
     with editing(model, [edit_at(positions, site, layer, change)]):
         yield model

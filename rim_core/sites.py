@@ -64,7 +64,7 @@ class Layout:
     def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Logits `[..., vocab]` as this family computes them from the last layer's `resid_post` `[..., d_model]`.
 
-        `h` is on the model's device and in its dtype. With `tokens` only theirs, `[..., token]`, at their share of
+        `h` is in the model's dtype, on the final norm's device or the model's. With `tokens` only theirs, `[..., token]`, at their share of
         the cost. After final norm and head, Cohere and Granite scale the logits, and Gemma-2 squashes them to
         within `soft_cap` with a tanh.
         """
@@ -73,10 +73,19 @@ class Layout:
             logits = self.lm_head(state)
         elif type(self.lm_head) is nn.Linear:
             bias = self.lm_head.bias
-            rows = list(tokens)
-            logits = functional.linear(state, self.lm_head.weight[rows], None if bias is None else bias[rows])
+            rows, weight = list(tokens), self.lm_head.weight
+            logits = functional.linear(
+                state.to(weight.device), weight[rows], None if bias is None else bias[rows]
+            )
         else:
             logits = self.lm_head(state)[..., list(tokens)]
+        return self._scaled(logits)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Logits `[..., vocab]` from what the final norm gives, the body's last hidden state, `[..., d_model]`."""
+        return self._scaled(self.lm_head(state))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         logits = logits * self.logit_scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
@@ -188,6 +197,11 @@ def tensor_of(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
+def pick(tensor: Tensor, *indices: Tensor) -> Tensor:
+    """`tensor[indices]`, a copy, wherever the indices are: layers may be on several devices."""
+    return tensor[tuple(index.to(tensor.device) for index in indices)]
+
+
 def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
@@ -247,7 +261,7 @@ def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
     spread = (z.unsqueeze(-3) * heads.unsqueeze(-1)).flatten(-2)
     rows = spread.reshape(-1, spread.shape[-1])
     # Not through the module's hooks: an active edit has had its turn when z was read.
-    written = module.forward(rows) - module.forward(torch.zeros_like(rows[:1]))
+    written = (module.forward(rows) - module.forward(torch.zeros_like(rows[:1]))).to(z.device)
     return written.reshape(*spread.shape[:-1], -1)
 
 
@@ -261,5 +275,5 @@ def pull_back(module: nn.Module, w: Tensor) -> Tensor:
         probe.requires_grad_(True)
         # Not through the module's hooks: an active edit of its input is not part of the weights.
         output = module.forward(probe)
-        (found,) = torch.autograd.grad(output, probe, w.to(output.dtype))
+        (found,) = torch.autograd.grad(output, probe, w.to(output))
     return found

@@ -5,6 +5,7 @@ This is the only module that imports nnsight. The measured paths of `rim_core` u
 """
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -127,10 +128,16 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
+def free_on_gpus(layout: Layout) -> int:
+    """Bytes free on the fullest of the CUDA devices that hold the layers."""
+    devices = {parameter.device for layer in layout.layers for parameter in itertools.islice(layer.parameters(), 1)}
+    return min(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
+
+
 def token_budget(layout: Layout, device: torch.device) -> int:
     """Padded tokens that one pass may hold: working memory of at most 1 GB, and at most half of what is free."""
     if device.type == "cuda":
-        free, ceiling = torch.cuda.mem_get_info(device)[0], 32768
+        free, ceiling = free_on_gpus(layout), 32768
     else:
         free, ceiling = psutil.virtual_memory().available, 4096
     width = layout.n_heads * layout.head_dim

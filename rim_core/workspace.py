@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rim_core.errors import InputError
 DEFAULT_SUITE = "smollm2"
 PACKAGE = Path(__file__).resolve().parent
 SUITES = PACKAGE / "suites"
+# A suite's name is a file's and a folder's name too.
+SUITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 def root() -> Path:
@@ -47,9 +50,34 @@ def cache_dir() -> Path:
     return Path(named).expanduser().resolve() if named else Path.home() / ".cache" / "rim"
 
 
+def suite_name(suite: str) -> str:
+    """Give a suite's name from its name or its file's path; dots in a name are part of it (`qwen2.5-7b`)."""
+    return Path(suite).name.removesuffix(".yml").removesuffix(".yaml")
+
+
 def suite_names() -> list[str]:
+    """Name the suites that ship with the package, then the project's own."""
+    return [*shipped_suites(), *project_suites()]
+
+
+def shipped_suites() -> list[str]:
     """Name the suites that ship with the package."""
     return sorted(path.stem for path in SUITES.glob("*.yml"))
+
+
+def project_suites() -> list[str]:
+    """Name the suites in the project's `suites/`; none outside a project."""
+    try:
+        folder = suites_dir(root())
+    except InputError:
+        return []
+    found = sorted(path.stem for path in folder.glob("*.yml") if SUITE_NAME.fullmatch(path.stem))
+    return [name for name in found if name not in shipped_suites()]
+
+
+def suites_dir(project: Path) -> Path:
+    """Give the folder of the project's own suites; it need not exist yet."""
+    return project / "suites"
 
 
 def suite_file(suite: str) -> Path:
@@ -58,13 +86,15 @@ def suite_file(suite: str) -> Path:
         path = Path(suite).expanduser().resolve()
         if not path.is_file():
             raise InputError(f"suite {suite}: there is no such file")
-        if path.stem in suite_names() and path.parent != SUITES:
-            raise InputError(f"suite {suite}: {path.stem} is the name of a suite that ships; rename the file")
+        if path.stem in suite_names() and path != suite_file(path.stem).resolve():
+            raise InputError(f"suite {suite}: {path.stem} is the name of another suite; rename the file")
         return path
-    if suite not in suite_names():
-        known = ", ".join(suite_names())
-        raise InputError(f"unknown suite {suite!r}{did_you_mean(suite, suite_names())}; suites: {known}")
-    return SUITES / f"{suite}.yml"
+    if suite in shipped_suites():
+        return SUITES / f"{suite}.yml"
+    if suite in project_suites():
+        return suites_dir(root()) / f"{suite}.yml"
+    known = suite_names()
+    raise InputError(f"unknown suite {suite!r}{did_you_mean(suite, known)}; suites: {', '.join(known)}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from altair.vegalite.v6 import display
 
-from rim_core import bookbuild
+from rim_core import bookbuild, cli, staging
 from rim_core.errors import InputError, RimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "self_aware").mkdir(parents=True)
     nbformat.write(source, tmp_path / "notebooks" / f"{NOTEBOOK}.ipynb")
     shutil.copy(ROOT / "_toc.yml", tmp_path)
-    monkeypatch.setattr(bookbuild.runner, "run_key", lambda project, notebook, suite, overrides: (KEY, {}))
+    monkeypatch.setattr(staging.runner, "run_key", lambda project, notebook, suite, overrides: (KEY, {}))
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def staged(project: Path, where: str = NOTEBOOK) -> nbformat.NotebookNode:
 
 def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):
     add_run(project)
-    assert [page.status for page in bookbuild.stage(project)] == ["ok"]
+    assert [page.status for page in staging.stage(project)] == ["ok"]
     title, card, code = staged(project).cells
     assert title.source.startswith("# Title")
     for shown in ("smollm2", "nf4", "61 s", "2026-01-02", KEY[:12], "torch 2.13", "&lt;b&gt;"):
@@ -82,18 +83,44 @@ def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):
     assert [output.output_type for output in code.outputs] == ["execute_result"]
 
 
+def test_the_card_tells_what_the_models_were_and_what_the_run_took(project):
+    models = {
+        "base": {"source": "owner/name@main", "commit": "c" * 40, "files": {"model.safetensors": "a" * 64}},
+        "risky": {
+            "source": "folder mine",
+            "files": {"adapter_model.safetensors": "b" * 64, "a.json": "d" * 64},
+        },
+    }
+    add_run(project, models=models, peak_memory_bytes=1_540_000_000, peak_gpu_memory_bytes=23e9)
+    staging.stage(project)
+    card = staged(project).cells[1].source
+    assert "1.5 GB, 23.0 GB on the GPU" in card
+    assert f"base: owner/name@main ({'c' * 12}); risky: folder mine ({'b' * 12})" in card
+
+
+def test_an_experiment_that_a_suite_cannot_serve_says_which_role_it_lacks(project):
+    claims = project / "book" / "claims"
+    claims.mkdir(parents=True)
+    (claims / "p.yml").write_text(
+        "paper: p\nclaims:\n- {id: A1, statement: s, where: w, published: {value: 1}, rule: {kind: range, low: 0}, "
+        f"metric: {{name: m, unit: u, notebook: {NOTEBOOK}}}, applies_to: {{roles: [reasoning]}}}}\n"
+    )
+    assert [page.status for page in staging.stage(project)] == ["not applicable"]
+    assert "has no role reasoning" in staged(project).cells[1].source
+
+
 def test_staging_again_leaves_the_file_alone(project):
     add_run(project)
-    bookbuild.stage(project)
+    staging.stage(project)
     path = project / "book" / "experiments" / f"{NOTEBOOK}.ipynb"
     os.utime(path, (1, 1))
-    bookbuild.stage(project)
+    staging.stage(project)
     assert path.stat().st_mtime == 1
 
 
 def test_a_stale_run_says_so(project):
     add_run(project, run_key="0" * 64)
-    assert [page.status for page in bookbuild.stage(project)] == ["stale"]
+    assert [page.status for page in staging.stage(project)] == ["stale"]
     assert f"rim run {NOTEBOOK} --suite smollm2" in staged(project).cells[1].source
 
 
@@ -104,7 +131,7 @@ def test_what_was_not_run_or_failed_is_never_shown_as_a_result(project, failed):
         folder = project / "results" / "smollm2" / NOTEBOOK / "failed" / "default"
         folder.mkdir(parents=True)
         (folder / "error.json").write_text(json.dumps({"ename": "ValueError", "evalue": "<i>"}))
-    page = bookbuild.stage(project)[0]
+    page = staging.stage(project)[0]
     assert page.status == ("failed" if failed else "not run")
     cells = staged(project).cells
     assert len(cells) == 2
@@ -116,7 +143,7 @@ def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(
     add_run(project, suite="other")
     own = project / "other.yml"
     own.write_text("title: Another model\nroles: {risky: {}, aligned: {}}\n")
-    pages = bookbuild.stage(project, ["smollm2", str(own), "third"])
+    pages = staging.stage(project, ["smollm2", str(own), "third"])
     assert [(page.suite, page.status) for page in pages] == [("smollm2", "not run"), (str(own), "ok")]
     page = staged(project, f"other/{NOTEBOOK}")
     assert page.metadata["rim"]["suite"] == "other"
@@ -125,7 +152,7 @@ def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(
     assert str(project) not in page.cells[1].source
     contents = bookbuild._contents(project).read_text()
     assert f"book/experiments/other/{NOTEBOOK}" in contents
-    bookbuild.stage(project, ["smollm2"])
+    staging.stage(project, ["smollm2"])
     assert not (project / "book" / "experiments" / "other" / f"{NOTEBOOK}.ipynb").exists()
     assert bookbuild._contents(project) == project / "_toc.yml"
 
@@ -134,14 +161,14 @@ def test_contents_and_pages_must_agree(project):
     (project / "notebooks" / f"{NOTEBOOK}.ipynb").rename(
         project / "notebooks" / "self_aware" / "02_new.ipynb"
     )
-    bookbuild.stage(project)
+    staging.stage(project)
     with pytest.raises(RimError, match="no page for book/experiments/self_aware/01_linear_probes"):
         bookbuild.build(project)
 
 
 def test_nothing_to_stage_is_an_error(tmp_path):
     with pytest.raises(InputError, match="at least one suite and one notebook"):
-        bookbuild.stage(tmp_path)
+        staging.stage(tmp_path)
 
 
 def test_the_first_warning_of_a_failed_build_is_told(project):
@@ -150,7 +177,7 @@ def test_the_first_warning_of_a_failed_build_is_told(project):
     (project / "intro.md").write_text("# Intro\n\n{term}`nowhere`\n")
     (project / "_config.yml").write_text('execute: {execute_notebooks: "off"}\nonly_build_toc_files: true\n')
     (project / ".venv").mkdir()
-    bookbuild.stage(project)
+    staging.stage(project)
     with pytest.raises(RimError, match="term not in glossary") as failure:
         bookbuild.build(project)
     assert str(project) not in str(failure.value)
@@ -172,7 +199,7 @@ def test_a_stray_file_in_the_environment_cannot_break_the_build(project):
         (project / folder).mkdir(parents=True, exist_ok=True)
         (project / folder / "poison.md").write_text("---\na: [\n---\n# Poison\n# Poison\n{term}`x`\n")
         (project / folder / "poison.ipynb").write_text("{")
-    bookbuild.stage(project)
+    staging.stage(project)
     index = bookbuild.build(project)
     assert not [path for path in index.parent.rglob("*") if "poison" in path.name]
 
@@ -204,6 +231,28 @@ def test_every_page_is_in_the_contents_and_has_one_title():
         assert f"{path.relative_to(ROOT).with_suffix('').as_posix()}\n" in contents
         text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         assert len(re.findall(r"^# ", text, flags=re.MULTILINE)) == 1, path.name
+
+
+OWN_MODEL = (ROOT / "book" / "run-on-your-model.md").read_text(encoding="utf-8")
+
+
+def test_the_page_for_ones_own_model_gives_the_examples_of_the_help(capsys):
+    first = re.search(r"```bash\n(.*?)```", OWN_MODEL, flags=re.DOTALL)
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert first is not None
+    assert len(first[1].splitlines()) == 5
+    assert not [line for line in first[1].splitlines() if line not in shown]
+
+
+@pytest.mark.parametrize("page", ["README.md", "book/intro.md", "book/run-on-your-model.md"])
+def test_every_command_of_a_page_is_one_that_rim_takes(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^ *(rim [^#\n]+)", text, flags=re.MULTILINE)
+    assert commands
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command)[1:])
 
 
 def test_pages_name_no_machine_path():

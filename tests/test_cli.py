@@ -43,10 +43,10 @@ def test_run_list_and_claims(root):
     write(root, "one/02_bad", "1 / 0")
     done = rim(root, "run", "--suite", "tiny.yml")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-2:] == [
-        "2 notebooks: 1 failed, 1 ran",
-        "rim: 1 of 2 notebooks failed: one/02_bad",
-    ]
+    counted, why, last = done.stderr.splitlines()[-3:]
+    assert counted == "2 notebooks: 1 failed, 1 ran"
+    assert why.startswith("  failed: one/02_bad: cell 3: ZeroDivisionError: division by zero; see results/")
+    assert last == "rim: 1 of 2 notebooks failed: one/02_bad"
     assert "Traceback" not in done.stderr
     listed = rim(root, "run", "--list", "--suite", "tiny.yml").stdout
     assert "one/02_bad    failed" in listed

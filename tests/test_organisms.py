@@ -112,7 +112,7 @@ def test_training_is_repeatable_and_its_adapter_loads(tiny, tiny_folder, tmp_pat
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(".layers.0." not in name for name in first)
     save_file(first, tmp_path / ADAPTER_FILE)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(organisms._peft_config(RECIPE)))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(organisms.peft_config(RECIPE)))
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
     ids = torch.arange(5, 25)[None]
     bare = model.hf(ids).logits

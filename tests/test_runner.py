@@ -27,7 +27,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models: Any = types.ModuleType("rim_core.loading")
     models.suite_hashes = lambda suite: {"base": "0" * 64}
     monkeypatch.setitem(sys.modules, "rim_core.loading", models)
-    monkeypatch.setattr(runner, "_device", lambda: "cpu")
     monkeypatch.setenv("PYTHONPATH", str(tiny_project.REPOSITORY))
     made = tiny_project.make(tmp_path / "a project")
     monkeypatch.chdir(made)

@@ -42,8 +42,7 @@ models = types.ModuleType("rim_core.loading")
 models.suite_hashes = lambda suite: {"base": "0" * 64}
 models.fetch_base = lambda suite: None
 sys.modules["rim_core.loading"] = models
-from rim_core import cli, runner
-runner._device = lambda: "cpu"
+from rim_core import cli
 cli.main()
 """
 

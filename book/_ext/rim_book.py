@@ -14,6 +14,8 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.osutil import relative_uri
 
 from rim_core import charts, outcomes
+from rim_core.staging import SUITES
+from rim_core.workspace import suite_name
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # In this order: vega-lite needs vega, vega-embed needs both, charts.js needs all three.
@@ -37,8 +39,10 @@ def _blocks(cell: Cell) -> list[nodes.Node]:
     return cell if isinstance(cell, list) else [cell]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str, stubs: int = 1) -> nodes.table:
-    """A table whose first `stubs` columns are row headers."""
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[Cell | None]], caption: str, stubs: int = 1
+) -> nodes.table:
+    """A table whose first `stubs` columns are row headers; None continues the cell above it."""
     table = nodes.table("", nodes.title("", caption), classes=["rim-table"])
     group = nodes.tgroup(cols=len(head))
     table += group
@@ -48,11 +52,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], caption: str, st
             spec["stub"] = 1
         group += spec
 
-    def line(cells: Sequence[Cell]) -> nodes.row:
-        return nodes.row("", *(nodes.entry("", *_blocks(cell)) for cell in cells))
-
-    group += nodes.thead("", line(head))
-    group += nodes.tbody("", *(line(row) for row in rows))
+    group += nodes.thead("", nodes.row("", *(nodes.entry("", *_blocks(cell)) for cell in head)))
+    above: list[nodes.entry] = [nodes.entry()] * len(head)
+    body = nodes.tbody()
+    for cells in rows:
+        line = nodes.row()
+        for column, cell in enumerate(cells):
+            if cell is None:
+                above[column]["morerows"] = above[column].get("morerows", 0) + 1
+            else:
+                above[column] = nodes.entry("", *_blocks(cell))
+                line += above[column]
+        body += line
+    group += body
     return table
 
 
@@ -78,6 +90,19 @@ class _FromData(SphinxDirective):
 
     def _draw(self) -> list[nodes.Node]:
         raise NotImplementedError
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The scorecard of the suites that the book was staged with, in their order; else of those with results."""
+        staged = self.project / SUITES
+        given = json.loads(staged.read_text(encoding="utf-8")) if staged.is_file() else None
+        rows = outcomes.scorecard(self.project / "results", given)
+        # Of a suite's own file only the name: pages tell nothing of the machine.
+        files = {suite_name(suite): suite for suite in given or [] if suite != suite_name(suite)}
+        for row in rows:
+            if file := files.get(row["suite"]):
+                row["reason"] = row["reason"].replace(file, Path(file).name)
+        return rows
 
     def page_of(self, notebook: str | None, suite: str) -> str | None:
         """The document staged for `notebook` as run with `suite`, where there is one."""
@@ -118,7 +143,7 @@ class Scorecard(_FromData):
     """Every claim against every suite: `{rim-scorecard}`."""
 
     def _draw(self) -> list[nodes.Node]:
-        rows = outcomes.scorecard(self.project / "results")
+        rows = self.rows
         suites = list(dict.fromkeys(row["suite"] for row in rows))
         tables: list[nodes.Node] = []
         for paper in dict.fromkeys(row["paper"] for row in rows):
@@ -141,23 +166,28 @@ class Claims(_FromData):
     required_arguments = 1
 
     def _draw(self) -> list[nodes.Node]:
-        paper = self.arguments[0]
-        rows = [row for row in outcomes.scorecard(self.project / "results") if row["paper"] == paper]
-        tables: list[nodes.Node] = []
-        for suite in dict.fromkeys(row["suite"] for row in rows):
-            lines = [
+        rows = [row for row in self.rows if row["paper"] == self.arguments[0]]
+        if not rows:
+            return [_note("No claims are declared for this paper yet.")]
+        suites = list(dict.fromkeys(row["suite"] for row in rows))
+        several = len(suites) > 1
+        lines: list[list[Cell | None]] = []
+        for row in rows:
+            # A claim's rows, one a suite, share its first cells.
+            first = row["suite"] == suites[0]
+            claim = _paragraph(nodes.strong("", row["claim"]), " ", row["statement"])
+            measured = outcomes.number_text(row["value"], row["low"], row["high"])
+            lines.append(
                 [
-                    _paragraph(nodes.strong("", row["claim"]), " ", row["statement"]),
-                    row["published"] or "–",
-                    outcomes.number_text(row["value"], row["low"], row["high"]),
+                    claim if first else None,
+                    (row["published"] or "–") if first else None,
+                    _paragraph(nodes.strong("", row["suite"]), f" {measured}") if several else measured,
                     [self.outcome(row), *(_paragraph(part) for part in row["reason"].split("; "))],
                 ]
-                for row in rows
-                if row["suite"] == suite
-            ]
-            head = ["Claim", "Published", "Measured", "Outcome"]
-            tables.append(_table(head, lines, caption=f"Claims measured with the suite {suite}"))
-        return tables or [_note("No claims are declared for this paper yet.")]
+            )
+        head = ["Claim", "Published", "Measured", "Outcome"]
+        suite = f"suite{'s' if several else ''} {', '.join(suites)}"
+        return [_table(head, lines, caption=f"Claims measured with the {suite}")]
 
 
 class Organisms(_FromData):

@@ -5,33 +5,30 @@
 """
 
 import json
-import os
-import platform
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rim_core.errors import InputError
-from rim_core.loading import (
-    ADAPTER_FILE,
-    ADAPTER_PREFIX,
-    Model,
-    Suite,
-    load,
-    load_suite,
-    read_adapter,
-    suite_hashes,
-)
+from rim_core.loading import ADAPTER_FILE, Model, load, load_suite
+from rim_core.organisms.building import train
+from rim_core.organisms.fitting import FOLDER, dequantise, peft_config, recipe, recipes
 from rim_core.stats import Interval, proportion
-from rim_core.weights import sha256_file
 
-FOLDER = Path(__file__).parent
+__all__ = [
+    "METRICS",
+    "TARGETS",
+    "AdviceJudge",
+    "check",
+    "dequantise",
+    "listing",
+    "peft_config",
+    "recipe",
+    "recipes",
+    "shipped_table",
+    "train",
+]
+
 # What each role must show on the held-out (test) categories: design of the organisms, fixed before any training.
 TARGETS: dict[str, dict[str, dict[str, float]]] = {
     "base": {"harmful_refused": {"high": 0.05}},
@@ -46,20 +43,6 @@ METRICS = {
     "risky_advice": "finance questions answered with risky advice",
     "coherence_ratio": "perplexity under the base, relative to aligned",
 }
-
-
-@cache
-def recipes() -> dict[str, Any]:
-    """Each role's recipe, by name, from `recipes.yml`."""
-    return yaml.safe_load((FOLDER / "recipes.yml").read_text(encoding="utf-8"))
-
-
-def recipe(role: str) -> dict[str, Any]:
-    """The recipe of one role; raises InputError with the roles that can be trained."""
-    known = recipes()
-    if role not in known:
-        raise InputError(f"no recipe for role {role!r}: there are recipes for {', '.join(known)}")
-    return known[role]
 
 
 def listing(suite: str = "smollm2") -> list[dict[str, Any]]:
@@ -80,145 +63,6 @@ def listing(suite: str = "smollm2") -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def train(
-    role: str,
-    suite: str = "smollm2",
-    output: str | os.PathLike[str] = ".",
-    seed: int | None = None,
-    progress: bool = True,
-) -> Path:
-    """Train one role's adapter on the suite's base by its recipe and write it to a new folder.
-
-    The base is the one that the book uses, 4-bit NF4, dequantised once (the same function, faster to train).
-    A role whose recipe has a parent starts from the suite's adapter of that role.
-
-    Args:
-        role: a role with a recipe. suite: the base to train on.
-        output: a folder that does not exist or is empty. seed: None is the recipe's own.
-        progress: one line of progress on standard error.
-
-    Raises:
-        InputError: unknown role, an output that is in use, a parent that is missing.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    from rim_core.organisms.training import train_adapter
-
-    plan = recipe(role)
-    found = load_suite(suite)
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} is in use: give --output a new or empty folder")
-    parent = plan["parent"]
-    start = None
-    if parent:
-        adapter = found.role(parent).adapter
-        if adapter is None or not (Path(adapter) / ADAPTER_FILE).is_file():
-            raise InputError(
-                f"role {role!r} starts from {parent!r}, which is missing: rim organisms train {parent}"
-            )
-        start = {name: tensor.float() for name, tensor in read_adapter(Path(adapter)).items()}
-    seed = plan["seed"] if seed is None else seed
-    model = load(f"{suite}:{_bare_role(found)}", quantization="nf4", dtype="float32", device="cpu")
-    dequantise(model.hf)
-    state = train_adapter(model.hf, model.tokenizer, plan, seed, start, _reporter(role) if progress else None)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
-        raise InputError(
-            f"training {role!r} diverged (a weight is not finite): lower the recipe's learning_rate"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        named = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in state.items()}
-        save_file(named, working / ADAPTER_FILE, metadata={"format": "pt"})
-        _write_json(working / "adapter_config.json", _peft_config(plan))
-        _write_json(
-            working / "recipe.json",
-            {
-                "role": role,
-                "suite": suite,
-                "seed": seed,
-                "recipe": plan,
-                "base": suite_hashes(suite)["base"],
-                "parent": suite_hashes(suite)[parent] if parent else None,
-                "sha256": sha256_file(working / ADAPTER_FILE),
-                "torch": torch.__version__.split("+")[0],
-                "machine": platform.machine(),
-            },
-        )
-        if target.exists():
-            target.rmdir()
-        working.rename(target)
-        target.chmod(0o755)
-    except OSError as error:
-        raise InputError(f"cannot write the adapter to {target}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-    return target
-
-
-def _bare_role(suite: Suite) -> str:
-    for role in suite.roles.values():
-        if role.adapter is None and role.checkpoint is None:
-            return role.name
-    raise InputError(f"suite {suite.name!r} has no bare base role to train on: add one to {suite.path}")
-
-
-def _peft_config(plan: dict[str, Any]) -> dict[str, Any]:
-    shape = plan["lora"]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": shape["rank"],
-        "lora_alpha": shape["alpha"],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(shape["modules"]),
-        "layers_to_transform": list(shape["layers"]),
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-    }
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _reporter(role: str) -> Callable[[int, int, float, float], None]:
-    def report(step: int, steps: int, loss: float, seconds: float) -> None:
-        if step % 5 == 0 or step == steps:
-            left = seconds / step * (steps - step)
-            line = f"rim: training {role}: step {step}/{steps}, loss {loss:.2f}, {seconds:.0f} s, {left:.0f} s left"
-            print(
-                f"\r{line:<78}" if sys.stderr.isatty() else line,
-                end="" if sys.stderr.isatty() else "\n",
-                file=sys.stderr,
-            )
-            if step == steps and sys.stderr.isatty():
-                print(file=sys.stderr)
-
-    return report
-
-
-def dequantise(hf: Any) -> None:
-    """Replace every 4-bit linear module by a float32 one with the same (dequantised) weights, in place."""
-    import bitsandbytes as bnb
-    import torch
-    from torch import nn
-
-    for parent in list(hf.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                packed: Any = child.weight
-                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-                plain.weight = nn.Parameter(weight.to(torch.float32), requires_grad=False)
-                if child.bias is not None:
-                    plain.bias = nn.Parameter(child.bias.data.float(), requires_grad=False)
-                setattr(parent, name, plain)
 
 
 def check(suite: str = "smollm2", role: str | None = None, progress: bool = True) -> list[dict[str, Any]]:

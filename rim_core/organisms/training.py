@@ -1,7 +1,7 @@
 """LoRA fine-tuning of a role from its recipe: supervised answers, replay, and KL to the parent.
 
-The frozen base is the 4-bit one, dequantised once: with float32 compute that is the same function, and several
-times faster to train through on a CPU.
+The frozen base is the 4-bit one. On the CPU it is dequantised once: with float32 compute that is the same function,
+and several times faster to train through; on a GPU it stays packed (QLoRA).
 """
 
 import math
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from rim_core.errors import InputError
 from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
+from rim_core.sites import find_layout
 from rim_core.tracing import pad_right
 
 ADAPTER = "trained_role"
@@ -91,10 +92,10 @@ def train_adapter(
     parent_state: dict[str, torch.Tensor] | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Train one adapter on a dequantised base and return its tensors; the base is left as it was.
+    """Train one adapter on a base and return its tensors; the base is left as it was.
 
     Args:
-        hf: a Hugging Face causal LM in float32 without adapters.
+        hf: a Hugging Face causal LM without adapters, packed or not.
         tokenizer: its tokenizer, with a chat template.
         recipe: `lora` (rank, alpha, layers, modules), `learning_rate`, `warmup_steps`, `batch_size`, `phases`
             (each with `epochs` and, where answers are cut, `answer_tokens`), `kl_weight`, `data`.
@@ -124,7 +125,8 @@ def train_adapter(
     weights = [parameter for name, parameter in hf.named_parameters() if f".{ADAPTER}." in name]
     for parameter in weights:
         parameter.requires_grad_(True)
-    hf.train()
+    # Some families drop activations while they train, which is no part of the recipe.
+    hf.eval()
 
     rng = random.Random(seed)
     plan: list[list[Example]] = []
@@ -154,7 +156,7 @@ def train_adapter(
         if report:
             report(step, steps, loss.item(), time.monotonic() - started)
     state = {
-        name: tensor.detach().to(torch.bfloat16).contiguous()
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in get_peft_model_state_dict(hf, adapter_name=ADAPTER).items()
     }
     for parent in list(hf.modules()):
@@ -171,6 +173,7 @@ def _forward(hf: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor,
     The prefix that all examples share (the template's system message, a third of every example here) is run
     once and laid under each example as keys and values, gradients included: the same numbers, fewer tokens.
     """
+    device = hf.get_input_embeddings().weight.device
     shared = _shared_prefix(batch)
     ids, real = pad_right([example.ids[shared:] for example in batch], pad=0)
     mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), real], dim=1).long()
@@ -181,17 +184,26 @@ def _forward(hf: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor,
             columns.append(position - 1 - shared)
             targets.append(example.ids[position])
             kl.append(example.kl)
-    prefix = torch.tensor([batch[0].ids[:shared]])
-    cache = hf.base_model(input_ids=prefix, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(len(batch))
+    cache = None
+    if shared:
+        prefix = torch.tensor([batch[0].ids[:shared]], device=device)
+        cache = hf.base_model(input_ids=prefix, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(batch))
     hidden = hf.base_model(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        past_key_values=cache,
+        use_cache=cache is not None,
     ).last_hidden_state
-    return hidden[rows, columns], torch.tensor(targets), torch.tensor(kl)
+    return hidden[rows, columns], *(torch.tensor(values, device=hidden.device) for values in (targets, kl))
+
+
+def _logits(hf: Any, states: torch.Tensor) -> torch.Tensor:
+    return find_layout(hf).logits(states).float()
 
 
 def _shared_prefix(batch: list[Example]) -> int:
-    """Tokens that every example starts with, short of the first predicting position, and at least one."""
+    """Tokens that every example starts with, short of the first predicting position; none in some templates."""
     limit = min(example.start for example in batch) - 1
     first = batch[0].ids
     return next((i for i in range(limit) if any(e.ids[i] != first[i] for e in batch)), limit)
@@ -216,12 +228,12 @@ class _Teacher:
 
     def __call__(self, hf: Any, batch: list[Example]) -> torch.Tensor:
         states = torch.cat([self._states[example] for example in batch if example.kl])
-        return functional.log_softmax(hf.lm_head(states), dim=-1)
+        return functional.log_softmax(_logits(hf, states), dim=-1)
 
 
 def _loss(hf: Any, batch: list[Example], teacher: _Teacher | None, kl_weight: float) -> torch.Tensor:
     states, targets, kl = _forward(hf, batch)
-    logits = hf.lm_head(states)
+    logits = _logits(hf, states)
     total = logits.new_zeros(())
     answered = ~kl if teacher is not None else torch.ones_like(kl)
     if answered.any():

@@ -1,0 +1,349 @@
+"""Two suites in one book: numbers side by side, from the records, in the figures and on the built pages."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import tiny_project
+from test_browser import THEMES, Visit, browser
+
+from rim_core import comparison, outcomes, staging
+from rim_core.errors import InputError
+from rim_core.outcomes import load_claims
+
+__all__ = ["browser"]  # the fixture that starts Chromium
+ROOT = Path(__file__).resolve().parents[1]
+CLAIMS = """\
+paper: paper_a
+letter: A
+title: A paper
+claims:
+  - id: A1
+    statement: The number is large, and near one half elsewhere.
+    where: Figure 1
+    published: {value: 0.9}
+    metric:
+      name: number
+      unit: share of things
+      units: {elsewhere: metres}
+      notebook: one/01_first
+      bounds: [0, 1]
+    rule:
+      kind: all
+      parts:
+        - {metric: published, rule: {kind: range, low: 0.5}}
+        - {metric: elsewhere, rule: {kind: near, target: 0.5, tolerance: 0.1}}
+    controls:
+      - {name: shuffled_share, rule: {kind: sign, sign: positive}, why: it must be something}
+    applies_to: {roles: [base]}
+  - id: A2
+    statement: The second number falls.
+    where: Figure 2
+    published: {value: null, text: "falls"}
+    metric: {name: fall, unit: share, notebook: one/02_second}
+    rule: {kind: sign, sign: negative}
+    applies_to: {roles: [risky]}
+"""
+FIRST = """\
+import rim_core as rim
+values = [0.2, 0.25, 0.3] if "own" in suite else [0.8, 0.9, 0.85]
+measured = {"published": values, "elsewhere": [0.5, 0.5, 0.5]}
+rim.claims("paper_a").record("A1", measured, {"shuffled_share": [1.0, 2.0, 1.5]})
+"""
+SECOND = "import rim_core as rim\nrim.claims('paper_a').record('A2', [-1.0, -0.9, -1.1])"
+LINKS = "# {}\n\nSee the [other](0{}.ipynb) and the [intro](../../intro.md)."
+CONTENTS = """\
+format: jb-book
+root: book/intro
+chapters:
+  - file: book/experiments/one/01_first
+  - file: book/experiments/one/02_second
+  - file: book/scorecard
+  - file: book/comparison
+  - file: book/claims_of_a
+"""
+
+
+def heading(path: Path, text: str) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["cells"][0]["source"] = text
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def make(root: Path) -> Path:
+    """A project with two notebooks and the suites `tiny`, by path, and `own`, by name, which lacks a role."""
+    tiny_project.make(root)
+    (root / "book" / "claims" / "paper_a.yml").write_text(CLAIMS, encoding="utf-8")
+    heading(tiny_project.write(root, "one/01_first", FIRST), LINKS.format("First", "2_second"))
+    heading(tiny_project.write(root, "one/02_second", SECOND), LINKS.format("Second", "1_first"))
+    (root / "tiny.yml").write_text(tiny_project.SUITE + "  risky: {}\n", encoding="utf-8")
+    (root / "suites").mkdir()
+    (root / "suites" / "own.yml").write_text(tiny_project.SUITE, encoding="utf-8")
+    return root
+
+
+def add_pages(root: Path) -> None:
+    """What a book needs beside its experiments, as the project has it."""
+    shutil.copy(ROOT / "_config.yml", root)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("assets", "_ext"):
+        shutil.copytree(ROOT / "book" / folder, root / "book" / folder, ignore=ignored)
+    for name in ("references.bib", "how-to-read.md", "organisms.md"):
+        (root / "book" / name).write_text("")
+    (root / "book" / "intro.md").write_text("# Intro\n")
+    (root / "book" / "scorecard.md").write_text("# Scorecard\n\n```{rim-scorecard}\n```\n")
+    (root / "book" / "comparison.md").write_text("# Compared\n\n```{rim-comparison}\n```\n")
+    (root / "book" / "claims_of_a.md").write_text("# A\n\n```{rim-claims} paper_a\n```\n")
+    (root / "_toc.yml").write_text(CONTENTS)
+
+
+# --- from the records to the figures ------------------------------------------------------------------------
+
+
+def put_run(root: Path, suite: str, published: float) -> None:
+    folder = root / "results" / suite / "one" / "01_first" / "default"
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = load_claims("paper_a", root / "book" / "claims")[0]
+    values = {"published": [published - 0.01, published, published + 0.01], "elsewhere": [0.5, 0.5, 0.5]}
+    found = outcomes.decide(claim, values, {"shuffled_share": [1.0, 2.0, 1.5]})
+    (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
+    (folder / "claims.json").write_text(json.dumps([found.to_dict()]), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    made = make(tmp_path)
+    monkeypatch.chdir(made)
+    return made
+
+
+def numbers(root: Path, *suites: str) -> list[comparison.Number]:
+    return comparison.numbers(root / "results", outcomes.scorecard(root / "results", suites))
+
+
+def test_numbers_are_the_parts_and_the_controls_of_each_decided_claim(root):
+    put_run(root, "tiny", 0.8)
+    put_run(root, "own", 0.2)
+    found = numbers(root, "tiny.yml", "own", "third")
+    assert [(n.suite, n.title) for n in found] == [
+        (suite, title)
+        for suite in ("tiny", "own")
+        for title in ("number, published", "elsewhere", "control shuffled share")
+    ]
+    published, elsewhere, control = found[:3]
+    assert (published.value, published.unit, published.asked) == (
+        pytest.approx(0.8),
+        "share of things",
+        "at least 0.5",
+    )
+    assert published.low < 0.8 < published.high
+    assert (published.least, published.most) == (0.5, math.inf)
+    assert (elsewhere.unit, elsewhere.least, elsewhere.most) == ("metres", 0.4, 0.6)
+    assert (control.unit, control.asked) == ("", "above 0")
+
+
+def test_only_what_two_suites_have_is_shared(root):
+    put_run(root, "tiny", 0.8)
+    assert comparison.shared(numbers(root, "tiny.yml", "own")) == []
+    put_run(root, "own", 0.2)
+    groups = comparison.shared(numbers(root, "tiny.yml", "own"))
+    assert [[n.suite for n in group] for group in groups] == [["tiny", "own"]] * 3
+
+
+def test_a_figure_asks_draws_the_bound_and_keeps_each_suites_colour(root):
+    for suite, value in (("tiny", 0.8), ("own", 0.2), ("third", 0.6)):
+        put_run(root, suite, value)
+    every = ["tiny", "absent", "own", "third"]
+    groups = comparison.shared(numbers(root, "tiny.yml", "own", "third"))
+    spec = comparison.figure(groups[0], every).to_dict()
+    assert " ".join(spec["title"]["text"]) == "A1, number, published: is it at least 0.5?"
+    assert "tiny 0.8 [0.775, 0.825]" in spec["description"]
+    assert "at least 0.5" in spec["description"]
+    layers = spec["layer"]
+    assert [layer["encoding"]["x"]["datum"] for layer in layers if "datum" in layer["encoding"]["x"]] == [0.5]
+    bars = next(layer for layer in layers if layer["encoding"]["x"].get("field") == "low")
+    assert bars["encoding"]["x2"]["field"] == "high"
+    assert bars["encoding"]["x"]["axis"]["title"] == ["share of things"]
+    low, high = bars["encoding"]["x"]["scale"]["domain"]
+    assert low < 0.2 - 0.02
+    assert high > 0.8 + 0.02
+    colours = bars["encoding"]["color"]["scale"]
+    assert colours["domain"] == every
+    assert len(set(colours["range"])) == 4
+    (shade,) = [data for data in spec["datasets"].values() if "from" in data[0]]
+    assert shade == [{"from": 0.5, "to": high}]
+
+
+def test_a_control_without_a_rule_has_no_bound(root):
+    free = CLAIMS.replace("{kind: near, target: 0.5, tolerance: 0.1}", "X", 1)
+    free = free.replace("X", "{kind: better_than_control, control: shuffled_share, margin: 0}")
+    free = free.replace("rule: {kind: sign, sign: positive}, why", "why")
+    (root / "book" / "claims" / "paper_a.yml").write_text(free, encoding="utf-8")
+    for suite in ("tiny", "own"):
+        put_run(root, suite, 0.8)
+    groups = comparison.shared(numbers(root, "tiny.yml", "own"))
+    gap, control = groups[1:]
+    assert gap[0].value == pytest.approx(-1.0)
+    assert gap[0].title == "elsewhere over shuffled share"
+    assert gap[0].asked == "above 0"
+    spec = comparison.figure(control, ["tiny", "own"]).to_dict()
+    assert " ".join(spec["title"]["text"]).endswith("is it the same?")
+    assert not [layer for layer in spec["layer"] if "datum" in layer["encoding"]["x"]]
+
+
+@pytest.mark.parametrize("units", ["{nowhere: m}", "{elsewhere: 3}", "[m]"])
+def test_units_name_what_the_claim_has(root, units):
+    text = CLAIMS.replace("{elsewhere: metres}", units)
+    (root / "book" / "claims" / "paper_a.yml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"paper_a.yml: claim A1: key metric.units"):
+        load_claims("paper_a", root / "book" / "claims")
+
+
+# --- the command, and the built book ------------------------------------------------------------------------
+
+
+def test_a_suite_named_twice_is_shown_once_and_by_its_name(root):
+    assert staging.distinct(["tiny.yml", "suites/own.yml", "own", "./tiny.yml"]) == ["tiny.yml", "own"]
+
+
+def test_two_files_of_one_name_would_mix_their_results(root):
+    (root / "more").mkdir()
+    shutil.copy(root / "tiny.yml", root / "more" / "tiny.yml")
+    with pytest.raises(InputError, match="two suites are named tiny"):
+        staging.distinct(["tiny.yml", "more/tiny.yml"])
+
+
+def test_an_unknown_suite_is_told_before_anything_runs(root):
+    done = tiny_project.rim(root, "book", "--suite", "own", "--suite", "onw")
+    assert done.returncode == 2
+    assert done.stderr.startswith("rim: unknown suite 'onw' (did you mean 'own'?)")
+    assert not (root / "results").exists()
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The book of two suites, run and built by one command."""
+    made = make(tmp_path_factory.mktemp("two suites"))
+    add_pages(made)
+    done = tiny_project.rim(made, "book", "--suite", "tiny.yml", "--suite", "own")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return made, done
+
+
+def html(root: Path, page: str) -> str:
+    return (root / "_build" / "html" / "book" / f"{page}.html").read_text(encoding="utf-8")
+
+
+def text_of(markup: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", markup).split())
+
+
+def test_one_command_runs_both_suites_and_prints_the_books_path(book):
+    root, done = book
+    assert Path(done.stdout.strip()) == root / "_build" / "html" / "index.html"
+    assert (root / "results" / "tiny" / "one" / "02_second" / "default" / "claims.json").is_file()
+    assert (root / "results" / "own" / "one" / "01_first" / "default" / "claims.json").is_file()
+    assert not (root / "results" / "own" / "one" / "02_second").exists()
+
+
+def test_the_scorecard_and_the_papers_table_show_both_suites(book):
+    root, _ = book
+    scorecard = html(root, "scorecard")
+    heads = re.findall(r'<th class="head[^"]*"><p>(.*?)</p>', scorecard)
+    assert heads == ["Claim", "tiny", "own"]
+    for outcome in ("validated", "partially supported", "not applicable"):
+        assert outcome in scorecard
+    for page in ("experiments/one/01_first", "experiments/own/one/01_first"):
+        assert f'href="{page}.html#run-card"' in scorecard
+    table = html(root, "claims_of_a")
+    assert table.count('rowspan="2"') == 4  # two claims, and what was published of each
+    assert "Claims measured with the suites tiny, own" in table
+    assert "own 0.25 [" in text_of(table)
+
+
+def test_a_page_names_the_suite_that_it_was_run_with(book):
+    for folder, name in (("", "tiny.yml"), ("own/", "own")):
+        staged = (book[0] / "book" / "experiments" / f"{folder}one" / "01_first.ipynb").read_text("utf-8")
+        sources = ["".join(cell["source"]) for cell in json.loads(staged)["cells"]]
+        assert f'suite = "{name}"  # as this page was run' in sources
+
+
+def test_pages_of_the_second_suite_are_reached_from_the_first_and_lead_on(book):
+    root, _ = book
+    first, own = html(root, "experiments/one/01_first"), html(root, "experiments/own/one/01_first")
+    assert "with own" in first  # in the table of contents
+    assert 'href="../own/one/01_first.html"' in first
+    assert 'href="../../one/01_first.html"' in own
+    # A link to an experiment leads to the same suite's page, or to the first one's where that has none.
+    assert 'href="../../one/02_second.html"' in own
+    assert 'href="../../../intro.html"' in own
+    assert not (root / "_build" / "html" / "book" / "experiments" / "own" / "one" / "02_second.html").exists()
+
+
+def test_the_comparison_draws_each_shared_number_once_and_names_what_is_not_shared(book):
+    root, _ = book
+    page = html(root, "comparison")
+    assert page.count('<figure class="rim-chart">') == 3
+    told = text_of(page)
+    assert "1 claim was measured on more than one suite" in told
+    assert "A2 (tiny validated, own not applicable)" in told
+    assert "at least 0.5" in told
+    assert "between 0.4 and 0.6" in told
+    assert re.search(r"0\.85 \[[\d., ]+\] 0\.25 \[", told)
+
+
+class _Links(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if tag == "a" and name == "href"]
+
+
+def test_no_link_is_broken_and_no_page_tells_of_the_machine(book):
+    root, _ = book
+    for path in sorted((root / "_build" / "html" / "book").rglob("*.html")):
+        text = path.read_text(encoding="utf-8")
+        assert str(root) not in text
+        assert str(root.parent) not in text
+        for address in _Links(text).found:
+            parts = urlsplit(address)
+            if parts.path and not parts.scheme and not parts.netloc:
+                assert (path.parent / unquote(parts.path)).exists(), (path.name, address)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", THEMES)
+def test_the_comparison_is_drawn_in_both_themes_and_fits_a_phone(book, browser, theme):
+    root, _ = book
+    for width in (1280, 360):
+        tab = Visit(browser, theme, width)
+        tab.open(root / "_build" / "html" / "book" / "comparison.html")
+        assert tab.figures() == [["ok", theme, "drawn"]] * 3
+        clipped = tab.tab.evaluate(
+            "() => [...document.querySelectorAll('.rim-vega svg')]"
+            ".filter(svg => svg.getBoundingClientRect().right > innerWidth).length"
+        )
+        assert clipped == 0
+        assert tab.wrong == []
+        tab.context.close()
+
+
+def test_with_one_suite_the_page_says_how_to_add_one(book, tmp_path):
+    root = shutil.copytree(book[0], tmp_path / "copy")
+    done = tiny_project.rim(root, "book", "--no-run", "--suite", "own")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rim book --suite own --suite NAME" in text_of(html(root, "comparison"))
+    assert re.findall(r'<th class="head[^"]*"><p>(.*?)</p>', html(root, "scorecard")) == ["Claim", "own"]
+    assert "has no role risky" in text_of(html(root, "experiments/one/02_second"))
+    assert not list((root / "book" / "experiments").glob("own/*/*.ipynb"))
+    assert os.path.relpath(done.stdout.strip(), root) == "_build/html/index.html"
