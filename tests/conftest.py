@@ -19,28 +19,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The same notebooks, smaller: default parameters replaced in a copy of the project.
 REDUCED = {
-    "self_aware/01_linear_probes": {"n_prompts": "60", "seeds": "[0, 1, 2]"},
+    "self_aware/01_linear_probes": {"n_prompts": "24", "seeds": "[0, 1, 2]"},
     "self_aware/02_latent_introspection": {
-        "n_prompts": "60",
+        "n_prompts": "24",
         "seeds": "[0, 1, 2]",
         "n_random": "40",
         "n_shuffles": "40",
     },
     "self_aware/03_causal_tracing": {
-        "n_prompts": "60",
+        "n_prompts": "24",
         "n_pairs": "2",
         "seeds": "[0, 1, 2]",
         "n_sets": "200",
     },
     "self_aware/04_heads_and_neurons": {
-        "n_prompts": "60",
+        "n_prompts": "24",
         "n_pairs": "4",
         "seeds": "[0, 1, 2]",
         "n_map": "2",
         "n_signs": "20",
     },
     "self_aware/05_suppression_heads": {
-        "n_fit": "8",
         "n_select": "3",
         "n_test": "4",
         "max_new_tokens": "6",
