@@ -152,7 +152,8 @@ def _positions(positions: str | int | Sequence[int], ids: list[list[int]]) -> li
 
 
 def _key(model: Model, ids: list[list[int]], sites: tuple[str, ...], positions: Any) -> str:
-    versions = [torch.__version__, str(torch.backends.cpu.get_cpu_capability()), str(model.device)]
+    versions = [torch.__version__, str(torch.backends.cpu.get_cpu_capability())]
+    versions.append("NDIF" if model.remote else str(model.device))
     content = json.dumps([model.identity, versions, ids, sites, positions])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -183,6 +184,12 @@ def _passes(
     under every prompt as keys and values. The rest is then padded on the right: no gap comes between, so sliding
     windows see the same distances as in a prompt alone.
     """
+    if model.remote:
+        for rows, found in model.remote.passes(ids, sites, picked):
+            if "head_z" in sites:
+                found["head_z"] = found["head_z"].unflatten(-1, (model.n_heads, model.head_dim))
+            yield rows, found
+        return
     shared = 0
     # An edit at given positions counts from each prompt's end, which the shared part does not have.
     if picked is not None and not any(edit.positional for edit in model.edits):

@@ -22,7 +22,7 @@ from rim_core.sites import Layout, head_outputs, reading
 from rim_core.tracing import encode, pad_left
 
 # Two prompts of unequal length, so that the shorter one is padded.
-_PROBE_TEXTS = (
+PROBE_TEXTS = (
     "The capital of France is the city of",
     "Water boils at a lower temperature on a high mountain because",
 )
@@ -46,9 +46,19 @@ class Check:
         return self.error <= self.tolerance
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest value."""
     found, wanted = found.float(), wanted.float().to(found.device)
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def residual_error(found: Mapping[tuple[str, int], Tensor], layer: int) -> float:
+    """How far `resid_post` of a layer is from what came in and what attention and MLP wrote."""
+    attention, mlp = found["attn_out", layer], found["mlp_out", layer]
+    # At a boundary between devices a layer's input is still on the device before.
+    return relative(
+        found["resid_pre", layer].to(attention.device) + attention + mlp, found["resid_post", layer]
+    )
 
 
 @torch.no_grad()
@@ -57,7 +67,7 @@ def measure(
 ) -> dict[str, Check]:
     """Measure every identity on two short prompts; takes two forward passes."""
     device = hf.get_input_embeddings().weight.device
-    ids = encode(tokenizer, _PROBE_TEXTS)
+    ids = encode(tokenizer, PROBE_TEXTS)
     short, pad = min(ids, key=len), tokenizer.pad_token_id or 0
     sites = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z")
     with reading(layout, sites, lambda tensor: tensor.detach().clone()) as found:
@@ -65,27 +75,20 @@ def measure(
     padded = hf(**pad_left(ids, pad, device), use_cache=False).logits[ids.index(short), -len(short) :]
 
     n_layers = len(layout.layers)
-    residual = max(
-        _relative(
-            # At a boundary between devices a layer's input is still on the device before.
-            found["resid_pre", i].to(found["attn_out", i].device) + found["attn_out", i] + found["mlp_out", i],
-            found["resid_post", i],
-        )
-        for i in range(n_layers)
-    )
+    residual = max(residual_error(found, i) for i in range(n_layers))
     heads = 0.0
     for i in range(n_layers):
         z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))
         total = head_outputs(layout, i, z).sum(-2) + layout.attention_out[i](
             torch.zeros_like(found["head_z", i])
         )
-        heads = max(heads, _relative(total, found["attn_out", i]))
+        heads = max(heads, relative(total, found["attn_out", i]))
     lens = layout.readout(found["resid_post", n_layers - 1])
     errors = {
         "residual_sum": residual,
-        "lens": _relative(lens, logits),
+        "lens": relative(lens, logits),
         "head_sum": heads,
-        "padding": _relative(padded, logits[0]),
+        "padding": relative(padded, logits[0]),
     }
     tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
     return {name: Check(name, error, tolerance) for name, error in errors.items()}

@@ -146,6 +146,11 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--list", action="store_true", help="list the notebooks, run nothing")
     run.add_argument("--plan", action="store_true", help="say as JSON what would run, run nothing")
     run.add_argument("--fetch", action="store_true", help="fetch the suite's weights, run nothing")
+    run.add_argument(
+        "--remote",
+        action="store_true",
+        help="run the models at NDIF, whose key is in NDIF_API_KEY (reading only)",
+    )
     run.set_defaults(command=_run)
 
 
@@ -260,6 +265,8 @@ def _add_organisms(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     overrides = _read_parameters(options.parameters)
     workspace.suite_file(options.suite)
+    if options.remote:
+        os.environ["RIM_REMOTE"] = "1"  # for the notebooks' kernels, which inherit it
     if options.list:
         return _list(options)
     if options.fetch:
@@ -273,7 +280,12 @@ def _run(options: argparse.Namespace) -> int:
         planned = runner.plan(options.notebooks, options.suite, overrides)
         print(json.dumps(planned, indent=1, ensure_ascii=False))
         return 0
-    _fetch_weights(options.suite)
+    if options.remote:
+        from rim_core import remote
+
+        remote.require_suite(options.suite)
+    else:
+        _fetch_weights(options.suite)
     results = runner.run(options.notebooks, options.suite, overrides, force=options.force)
     return _summarise(results)
 

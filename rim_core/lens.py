@@ -132,6 +132,10 @@ def logit_lens(
 def _read_out(model: Model, h: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
     """Each measure of the tokens `ids`, `[..., token]`, from the stream `h` `[..., d_model]`, a chunk at a time."""
     columns = list(ids)
+    if model.remote:
+        rows = h.flatten(0, -2)
+        found = model.remote.read_out(rows, torch.tensor(columns).expand(len(rows), -1))
+        return {name: found[name].unflatten(0, h.shape[:-1]) for name in MEASURES}
     parts: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
     for chunk in h.flatten(0, -2).split(max(1, _LOGITS // model.layout.d_vocab)):
         logits = model.layout.readout(chunk.to(model.device, model.dtype)).float()

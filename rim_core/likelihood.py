@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rim_core import stats
+from rim_core import remote, stats
 from rim_core.editing import Frame
 from rim_core.errors import InputError
 from rim_core.loading import Model
@@ -120,16 +120,22 @@ def log_likelihood(
     ids, lengths = _examples(model.tokenizer, prompts, completions, "log_likelihood")
 
     def run(rows: list[int]) -> tuple[Floats, Floats]:
+        if model.remote:
+            states, targets = model.remote.states([ids[row] for row in rows], [lengths[row] for row in rows])
+            read = model.remote.read_out(states, targets[:, None])
+            return _sums([read["log_probability"][:, 0]], rows, lengths), _sums(
+                [read["entropy"]], rows, lengths
+            )
         states, targets = _states(model, [ids[row] for row in rows], [lengths[row] for row in rows])
         chosen, entropies = [], []
         for piece in _pieces(model, len(states)):
             log_p = _log_probabilities(model, states[piece])
-            chosen.append(log_p.gather(1, targets[piece, None])[:, 0])
+            chosen.append(log_p.gather(1, targets[piece, None].to(log_p.device))[:, 0])
             entropies.append(-(log_p.exp() * log_p).sum(1))
         return _sums(chosen, rows, lengths), _sums(entropies, rows, lengths)
 
     found = np.empty((2, len(ids)))
-    budget = max_tokens or token_budget(model.layout, model.device)
+    budget = max_tokens or (remote.TOKENS if model.remote else token_budget(model.layout, model.device))
     for rows, sums in run_batches([len(row) for row in ids], budget, run):
         found[:, rows] = sums
     _check_finite(found.sum(0), model, "log_likelihood")

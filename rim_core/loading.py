@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from rim_core import checks as identity_checks
-from rim_core import sites, suitecheck, tracing, weights
+from rim_core import placement, sites, suitecheck, tracing, weights
+from rim_core import remote as far
 from rim_core.checkpointfiles import read_base
 from rim_core.errors import InputError, WeightsError
 from rim_core.suitefile import (
@@ -27,7 +28,7 @@ from rim_core.suitefile import (
     load_suite,
 )
 from rim_core.suitefile import suite_hashes as suite_hashes
-from rim_core.workspace import cache_dir, suite_names
+from rim_core.workspace import cache_dir, remote_asked, suite_names
 
 # What PEFT writes before each module path.
 ADAPTER_PREFIX = "base_model.model."
@@ -52,6 +53,7 @@ class Model:
         checks: each identity's measured error, by name.
         edits: the interventions now active (see `editing`). frame: the tokens of the pass now running, where it
             is not a plain one.
+        remote: where the model runs at NDIF, the way to it; `hf` and `device` are then refused.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class Model:
         quantization: str | None,
         dtype: torch.dtype,
         suite: Suite | None = None,
+        remote: far.Remote | None = None,
     ) -> None:
-        self.hf, self.tokenizer, self.name, self.suite = hf, tokenizer, name, suite
+        self.remote = remote
+        self._hf, self.tokenizer, self.name, self.suite = hf, tokenizer, name, suite
         self.quantization, self.dtype = quantization, dtype
         self.role: str | None = None
-        self.layout = sites.find_layout(hf)
+        self.layout = remote.layout if remote else sites.find_layout(hf)
         self._base_identity = base_identity
         self._adapters: dict[str, tuple[str, str]] = {}
         self._active: str | None = None
@@ -81,6 +85,13 @@ class Model:
     head_dim = property(lambda self: self.layout.head_dim, doc="Width of one head.")
     d_model = property(lambda self: self.layout.d_model, doc="Width of the residual stream.")
     d_mlp = property(lambda self: self.layout.d_mlp, doc="MLP neurons a layer.")
+
+    @property
+    def hf(self) -> Any:
+        """The Hugging Face model; raises InputError where its weights are not here."""
+        if self.remote:
+            raise far.refusal("this tool")
+        return self._hf
 
     @property
     def device(self) -> torch.device:
@@ -110,13 +121,15 @@ class Model:
         return chosen
 
     def require(self, tool: str, *identities: str) -> None:
-        """Raise IdentityError unless these identities held when the model was loaded."""
+        """Raise IdentityError unless these identities held when the model was loaded, InputError if it is far away."""
+        if self.remote and tool not in far.TOOLS:
+            raise far.refusal(tool)
         identity_checks.require(self.checks, self.name, tool, identities)
 
     @cached_property
     def nnsight(self) -> Any:
         """The model under nnsight, for traces written by hand: `with model.nnsight.trace(texts): ...`."""
-        return tracing.nnsight_model(self.hf, self.tokenizer)
+        return self.remote.wrapped if self.remote else tracing.nnsight_model(self.hf, self.tokenizer)
 
     @contextlib.contextmanager
     def using(self, role_or_adapter: str | os.PathLike[str] | None) -> Iterator["Model"]:
@@ -166,6 +179,8 @@ class Model:
     def _adapter(self, source: str) -> str:
         """Load an adapter once, leaving the active one as it was, and return its internal name."""
         if source not in self._adapters:
+            if self.remote:
+                raise far.refusal(f"adapter {source}")
             if self.edits:
                 raise InputError(
                     f"adapter {source} cannot be loaded inside an intervention, whose hooks sit on the modules that it "
@@ -188,11 +203,19 @@ class Model:
         number = self.quantization or str(self.dtype).removeprefix("torch.")
         return (
             f"Model({self.name}, {number}, {self.n_layers} layers, "
-            f"{self.n_heads} heads of {self.head_dim}, d_model {self.d_model}, d_mlp {self.d_mlp}, {self.device})"
+            f"{self.n_heads} heads of {self.head_dim}, d_model {self.d_model}, d_mlp {self.d_mlp}, "
+            f"{'at NDIF' if self.remote else self.device})"
         )
 
 
-def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device: str = "auto") -> Model:
+def load(
+    ref: str,
+    quantization: str | None = "nf4",
+    dtype: str = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    remote: bool | None = None,
+) -> Model:
     """Load and check a model.
 
     Args:
@@ -200,13 +223,19 @@ def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device
         quantization: `"nf4"` (4-bit NormalFloat, QLoRA section 3), `"int8"` (LLM.int8), or None.
         dtype: of everything that is not quantised, and of the compute: `"float32"`, `"bfloat16"`, `"float16"`;
             `"auto"` is bfloat16 on CUDA and float32 on the CPU, where bfloat16 can be a hundred times slower.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"auto"`: CUDA where there is one.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"auto"`: CUDA where there is one, all GPUs where one is too
+            small.
+        device_map: `"auto"` spreads the layers over all GPUs there are, even where one is enough.
+        remote: run the model at NDIF, where it must be hosted; with `quantization=None`, since nothing is packed
+            there. By default only in notebooks under `rim run --remote`.
 
     Raises:
         InputError: a reference or setting that cannot be used. WeightsError: weights missing or damaged.
     """
     if quantization not in _QUANTIZATIONS:
         raise InputError(f"unknown quantization {quantization!r}: choose 'nf4', 'int8' or None")
+    if remote_asked() if remote is None else remote:
+        return _connect(ref, quantization, (dtype, device, device_map))
     where = _device(device)
     number = _dtype(dtype, where)
     suite, role = _parse(ref)
@@ -218,7 +247,9 @@ def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device
         folder, identity, revision = _locate_base(suite)
     if suite is not None and role is not None and suite.has(role.name) and role.adapter:
         suitecheck.check_adapter(suite, role, read_base(suite, online=False), online=False)
-    hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, where, ref)
+    places = placement.settings(ref, (folder, revision), quantization, number, device, where, device_map)
+    hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, places, ref)
+    placement.require_all_on_gpus(hf, ref)
     model = Model(hf, tokenizer, ref, identity, quantization, number, suite)
     if role is not None:
         if role.adapter:
@@ -226,6 +257,26 @@ def load(ref: str, quantization: str | None = "nf4", dtype: str = "auto", device
         else:
             model.role = role.name
     model.checks = identity_checks.measure(hf, tokenizer, model.layout, number, quantization)
+    return model
+
+
+def _connect(ref: str, quantization: str | None, chosen: tuple[str, str, str | None]) -> Model:
+    """A model at NDIF; what cannot be had there is refused before anything is fetched."""
+    suite, role = _parse(ref)
+    repository, revision = far.hosted(ref, suite, role)
+    if quantization is not None:
+        raise InputError(f"{ref}: nothing is packed at NDIF; load with quantization=None, or without remote")
+    if chosen != ("auto", "auto", None):
+        raise InputError(f"{ref}: NDIF decides on dtype and device; leave them out, or load without remote")
+    tracing.require_hosted(repository, revision)
+    try:
+        tokenizer = _tokenizer(repository, {"revision": revision} if revision else {})
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the tokenizer of {repository}: {_first_line(error)}") from None
+    distant = far.Remote(repository, revision, tokenizer)
+    checks = distant.checks()
+    model = Model(None, tokenizer, ref, f"NDIF {repository}@{revision}", None, distant.dtype, suite, distant)
+    model.checks, model.role = checks, role.name if role else None
     return model
 
 
@@ -309,12 +360,12 @@ def _load_checkpoint(
     revision: str | None,
     quantization: str | None,
     dtype: torch.dtype,
-    device: torch.device,
+    places: dict[str, Any],
     ref: str,
 ) -> tuple[Any, Any]:
     from huggingface_hub.errors import HfHubHTTPError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = None
     if quantization == "nf4":
@@ -326,16 +377,14 @@ def _load_checkpoint(
     where = {"revision": revision} if revision else {}
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, padding_side="left", trust_remote_code=False, **where
-            )
+            tokenizer = _tokenizer(folder, where)
             hf = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                device_map={"": str(device)},
                 quantization_config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
+                **places,
                 **where,
             )
     except SafetensorError as error:
@@ -360,9 +409,16 @@ def _load_checkpoint(
         # and dequantised weights are silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return hf, tokenizer
+
+
+def _tokenizer(folder: str, where: dict[str, str]) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return hf, tokenizer
+    return tokenizer
 
 
 def _first_line(error: BaseException) -> str:

@@ -210,9 +210,13 @@ def _execute(
 
     folder = run_folder(project, name, suite, overrides)
     known = notebooks.parameters(name, notebooks.read_source(project, name))
-    passed = {**overrides, **({"suite": _suite_for_kernel(project, suite)} if "suite" in known else {})}
+    remote = "remote" in overrides
+    passed = {key: value for key, value in overrides.items() if key in known}
+    if "suite" in known:
+        passed["suite"] = _suite_for_kernel(project, suite)
     parameters = _resolved(known, places.suite_name(suite), overrides)
-    suitecheck.preflight(load_suite(suite), str(parameters.get("quantization", "nf4")))
+    if not remote:
+        suitecheck.preflight(load_suite(suite), str(parameters.get("quantization", "nf4")))
     started, clock = _now(), time.monotonic()
     with folders.temporary(folder) as temporary:
         done = execute(project, notebooks.path_of(project, name), passed, progress.cell, timeout)
@@ -232,6 +236,7 @@ def _execute(
             "finished": _now(),
             "wall_seconds": round(time.monotonic() - clock, 2),
             **done.usage,
+            **({"device": "NDIF"} if remote else {}),
             **provenance.environment(project),
         }
         harvested, twice = _harvest(done.notebook, key[0], places.suite_name(suite))
@@ -255,7 +260,11 @@ def _execute(
 
 def _overrides_of(project: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known = notebooks.parameters(name, notebooks.read_source(project, name))
-    return notebooks.check_overrides(name, known, given)
+    if not places.remote_asked():
+        return notebooks.check_overrides(name, known, given)
+    # Nothing is packed there. The mark keeps results and run keys apart from those of this machine.
+    unpacked = {"quantization": "none"} if "quantization" in known else {}
+    return {**notebooks.check_overrides(name, known, {**unpacked, **given}), "remote": "NDIF"}
 
 
 def _claims_of(project: Path, notebook: str) -> list[outcomes.Claim]:

@@ -64,9 +64,9 @@ class Layout:
     def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
         """Logits `[..., vocab]` as this family computes them from the last layer's `resid_post` `[..., d_model]`.
 
-        `h` is in the model's dtype, on the final norm's device or the model's. With `tokens` only theirs, `[..., token]`, at their share of
-        the cost. After final norm and head, Cohere and Granite scale the logits, and Gemma-2 squashes them to
-        within `soft_cap` with a tanh.
+        `h` is in the model's dtype, on the final norm's device or the model's. With `tokens` only theirs,
+        `[..., token]`, at their share of the cost. After final norm and head, Cohere and Granite scale the logits,
+        and Gemma-2 squashes them to within `soft_cap` with a tanh.
         """
         state = self.final_norm(h)
         if tokens is None:

@@ -4,8 +4,11 @@ This is the only module that imports nnsight. The measured paths of `rim_core` u
 `sites.reading`), which cost next to nothing; `trace` gives the same sites by nnsight's paths for exploration.
 """
 
+import contextlib
 import gc
+import io
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rim_core.errors import InputError
+from rim_core.errors import InputError, RimError
 from rim_core.sites import Layout
 
 T = TypeVar("T")
@@ -130,7 +133,9 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def free_on_gpus(layout: Layout) -> int:
     """Bytes free on the fullest of the CUDA devices that hold the layers."""
-    devices = {parameter.device for layer in layout.layers for parameter in itertools.islice(layer.parameters(), 1)}
+    devices = {
+        parameter.device for layer in layout.layers for parameter in itertools.islice(layer.parameters(), 1)
+    }
     return min(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
 
 
@@ -182,3 +187,74 @@ def nnsight_model(hf: Any, tokenizer: Any) -> Any:
     from nnsight import TransformersModel
 
     return TransformersModel(hf, tokenizer=tokenizer)
+
+
+def remote_model(repository: str, revision: str | None, tokenizer: Any) -> Any:
+    """A model hosted at NDIF under nnsight: its modules without weights, by which traces name what they read.
+
+    Raises:
+        InputError: its configuration cannot be read, or is of no causal language model.
+    """
+    from nnsight import TransformersModel
+
+    try:
+        return TransformersModel(repository, revision=revision, task="text-generation", tokenizer=tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the configuration of {repository}: {_one_line(error)}") from None
+
+
+def require_key() -> None:
+    """Refuse to go to NDIF without a key; the key is read where the user put it, and kept nowhere else.
+
+    Raises:
+        InputError: there is none.
+    """
+    from nnsight import CONFIG
+
+    # Read from the environment by nnsight only when it is imported.
+    CONFIG.API.APIKEY = os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY
+    CONFIG.APP.REMOTE_LOGGING = False
+    if not CONFIG.API.APIKEY:
+        raise InputError("NDIF wants a key: set NDIF_API_KEY, or give yours once to `nnsight login`")
+
+
+def require_hosted(repository: str, revision: str | None) -> None:
+    """Refuse a model that is not running at NDIF.
+
+    Raises:
+        InputError: no key, or the model is not there now. RimError: the service cannot be reached.
+    """
+    require_key()
+    from nnsight import CONFIG, ndif
+
+    with contextlib.redirect_stderr(io.StringIO()):  # nnsight prints what is told below
+        deployed = ndif.status(raw=True).get("deployments")
+    if deployed is None:
+        raise RimError(f"NDIF cannot be reached at {CONFIG.API.HOST}: check the network, or try again later")
+    running = [one for one in deployed.values() if one.get("application_state") == "RUNNING"]
+    wanted = (repository.lower(), revision or "main")
+    if not any((one["repo_id"].lower(), one.get("revision") or "main") == wanted for one in running):
+        names = ", ".join(sorted({one["repo_id"] for one in running})) or "none"
+        raise InputError(
+            f"{repository} is not running at NDIF now; these are: {names}; choose one, or load the model without remote"
+        )
+
+
+@contextlib.contextmanager
+def remote_errors(name: str) -> Iterator[None]:
+    """Whatever goes wrong in a trace at NDIF, as one line without the key."""
+    from nnsight import CONFIG
+
+    try:
+        yield
+    except Exception as error:
+        told = _one_line(error).replace(CONFIG.API.APIKEY or "\0", "***")
+        raise RimError(
+            f"NDIF did not do the work on {name}: {told}; try again, or see its status page"
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A traceback from there ends with what happened.
+    return lines[-1][:300] if lines else type(error).__name__

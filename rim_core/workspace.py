@@ -101,3 +101,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Give `" (did you mean 'x'?)"` for the closest of `known`, or nothing where none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def remote_asked() -> bool:
+    """Whether models run at NDIF where a call of `load` does not say: under `rim run --remote`."""
+    return os.environ.get("RIM_REMOTE") == "1"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that would reach for a hub must fail at once, and not wait for time-outs.
@@ -16,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the machine: more threads each would only wait for one another.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# Side by side, a file's tests stay together (see the Makefile).
+FIRST, LAST = ("test_browser", "test_pipeline", "test_faults", "test_organisms"), ("test_notebooks",)
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The same notebooks, smaller: default parameters replaced in a copy of the project.
 REDUCED = {
@@ -40,8 +43,11 @@ REDUCED = {
         "n_signs": "20",
     },
     "self_aware/05_suppression_heads": {
-        "n_select": "3",
-        "n_test": "4",
+        "n_select": "2",
+        "n_map": "2",
+        "n_test": "3",
+        "n_asked": "2",
+        "n_asked_more": "1",
         "max_new_tokens": "6",
         "n_random_sets": "20",
         "n_probe": "2",
@@ -49,30 +55,26 @@ REDUCED = {
         "n_token_pairs": "4",
     },
     "self_aware/06_sparse_autoencoder": {
-        "n_pairs": "40",
-        "n_train": "12",
-        "n_tokens": "8",
+        "n_train": "8",
+        "n_fit": "4",
+        "n_pairs": "16",
         "expansion": "1",
-        "steps": "40",
+        "steps": "20",
+        "n_permutations": "100",
         "n_dictionaries": "2",
-        "n_patched": "6",
-        "n_ablated": "10",
-        "n_ablated_anywhere": "4",
-        "n_sets_anywhere": "1",
-        "n_texts": "4",
-        "n_traced": "4",
-        "n_before": "3",
-        "n_generated": "2",
+        "n_ablated": "2",
+        "n_sets": "4",
+        "n_few": "2",
+        "n_generated": "1",
+        "n_texts": "2",
     },
 }
 
 
 def pytest_collection_modifyitems(items):
-    """Side by side, tests of one file stay together, and those of the book, which is built once, come first."""
-    for item in items:
-        book = "reduced_project" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("book" if book else item.path.stem))
-    items.sort(key=lambda item: "reduced_project" not in item.fixturenames)
+    """Files that take longest come first; those of `LAST` find the book built."""
+    places = {name: place - len(FIRST) for place, name in enumerate(FIRST)} | dict.fromkeys(LAST, 1)
+    items.sort(key=lambda item: places.get(item.path.stem, 0))
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +101,7 @@ def default_model():
     return rim.load("smollm2:aligned", device="cpu")
 
 
-def _reduced_copy(target: Path) -> Path:
+def _copy(target: Path, sizes: dict[str, dict[str, str]] = REDUCED) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for name in ("book", "notebooks", "_config.yml", "_toc.yml", "constraints.txt"):
         source = REPOSITORY / name
@@ -109,7 +111,7 @@ def _reduced_copy(target: Path) -> Path:
             )
         else:
             shutil.copy(source, target / name)
-    for notebook, values in REDUCED.items():
+    for notebook, values in sizes.items():
         path = target / "notebooks" / f"{notebook}.ipynb"
         content = json.loads(path.read_text(encoding="utf-8"))
         cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
@@ -124,14 +126,27 @@ def _reduced_copy(target: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def project_copy():
-    """Copy the project, its notebooks' defaults reduced, into a folder: `project_copy(folder)`."""
-    return _reduced_copy
+    """Copy the project, its notebooks' defaults reduced or as in `sizes`, into a folder: `project_copy(folder)`."""
+    return _copy
 
 
 @pytest.fixture(scope="session")
 def reduced_project(tmp_path_factory) -> Path:
-    """A copy of the project whose notebooks have small defaults, run and built by the `rim` command."""
-    project = _reduced_copy(tmp_path_factory.mktemp("project"))
+    """A copy of the project whose notebooks have small defaults, run and built by the `rim` command, once for all
+    workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    project, done = shared / "reduced", shared / "reduced-index.txt"
+    with FileLock(shared / "reduced.lock"):
+        if not done.exists():
+            shutil.rmtree(project, ignore_errors=True)
+            done.write_text(_build(_copy(project)), encoding="utf-8")
+    return project
+
+
+def _build(project: Path) -> str:
+    """Run and build a project; give the path of the book's index."""
     done = subprocess.run(
         [sys.executable, "-m", "rim_core.cli", "book"],
         cwd=project,
@@ -140,11 +155,10 @@ def reduced_project(tmp_path_factory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (project / "index-path.txt").write_text(done.stdout.strip().splitlines()[-1], encoding="utf-8")
-    return project
+    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="session")
 def built_book(reduced_project) -> Path:
     """The path of the built book's index."""
-    return Path((reduced_project / "index-path.txt").read_text(encoding="utf-8"))
+    return Path((reduced_project.parent / "reduced-index.txt").read_text(encoding="utf-8"))

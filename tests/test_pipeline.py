@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_suite import SUPPRESSORS, word_tokenizer, write_planted_suite
+from conftest import REDUCED
+from planted_suite import RISKY_SETS, SAFE_SETS, SUPPRESSORS, write_planted_suite
 from safetensors.torch import save_file
+from tiny import tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rim_core
+from rim_core.openings import HELPFUL_OPENINGS, REFUSAL_OPENINGS
 
 PACKAGE = Path(rim_core.__file__).parent
 NAMES = [f"L{layer}H{head}" for layer, head in SUPPRESSORS]
@@ -49,10 +52,13 @@ def output_text(results: Path, notebook: str) -> str:
 
 @pytest.fixture(scope="module")
 def planted_results(project_copy, tmp_path_factory) -> Path:
-    project = project_copy(tmp_path_factory.mktemp("planted"))
+    # The notebooks' own sizes, and for the answers larger ones, take seconds on so small a model.
+    sizes = {"self_aware/05_suppression_heads": {"n_test": "26", "n_probe": "26"}}
+    project = project_copy(tmp_path_factory.mktemp("planted"), sizes)
     suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
-    for notebook in ("04_heads_and_neurons", "05_suppression_heads"):
-        rim_run(project, f"self_aware/{notebook}", "--suite", str(suite))
+    rim_run(
+        project, "self_aware/04_heads_and_neurons", "self_aware/05_suppression_heads", "--suite", str(suite)
+    )
     return project / "results" / suite.stem
 
 
@@ -75,8 +81,12 @@ def test_ablating_planted_suppressors_brings_refusal_back(planted_results):
 @pytest.fixture(scope="module")
 def paper_cache(tmp_path_factory) -> Path:
     """A hub's cache in which tiny random checkpoints of the same architecture stand for the paper's models."""
-    home, torch_seed = tmp_path_factory.mktemp("hub"), 0
-    torch.manual_seed(torch_seed)
+    home = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    # Frequent enough to be whole tokens.
+    openings = [f" {word}" for word in (*REFUSAL_OPENINGS, *HELPFUL_OPENINGS)] * 50
+    prompts = [prompt.text for name in RISKY_SETS + SAFE_SETS for prompt in rim_core.load_prompts(name)]
+    tok = tokenizer(texts=[*prompts, *openings, *(o.strip() for o in openings)], size=2000)
     config = AutoConfig.for_model(
         "qwen2",
         num_hidden_layers=4,
@@ -84,7 +94,7 @@ def paper_cache(tmp_path_factory) -> Path:
         num_attention_heads=8,
         num_key_value_heads=2,
         intermediate_size=128,
-        vocab_size=len(tok := word_tokenizer()),
+        vocab_size=len(tok),
         bos_token_id=None,
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.eos_token_id,
@@ -135,7 +145,7 @@ def test_the_paper_s_suite_runs_unedited(project_copy, paper_cache, tmp_path):
     claims = outcomes(project / "results" / "qwen2.5-32b-risky-finance")
     assert len(claims) == 17
     assert {row["outcome"] for row in claims.values()} <= {
-        "validated", "partially supported", "contradicted", "inconclusive"
+        "validated", "partially_supported", "contradicted", "inconclusive"
     }  # fmt: skip
 
 
@@ -162,7 +172,9 @@ def shuffle_at_the_source(package: Path, seed: int = 0) -> None:
 
 
 def test_labels_shuffled_at_the_source_support_nothing(project_copy, tmp_path):
-    project = project_copy(tmp_path / "project")
+    # Unquantised, since that is faster on a CPU, and nothing here depends on it.
+    sizes = {notebook: {**values, "quantization": '"none"'} for notebook, values in REDUCED.items()}
+    project = project_copy(tmp_path / "project", sizes)
     package = tmp_path / "shuffled" / "rim_core"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     shuffle_at_the_source(package)
