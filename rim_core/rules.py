@@ -61,7 +61,7 @@ def combine(findings: Mapping[str, Finding]) -> Finding:
     """Combine the parts of a rule `all`; the value shown is the first part's."""
     shown = next(iter(findings.values()))
     states = [f.outcome for f in findings.values()]
-    told = "; ".join(f"{name}: {f.outcome.replace('_', ' ')}, {f.reason}" for name, f in findings.items())
+    told = "; ".join(f"{f.reason} ({f.outcome.replace('_', ' ')})" for f in findings.values())
     for state in ("error", "not_tested"):
         if state in states:
             name, first = next((n, f) for n, f in findings.items() if f.outcome == state)
@@ -160,7 +160,7 @@ def _compare(
     else:
         inside, outside = low <= at_least and at_most <= high, at_most < low or at_least > high
     allowed = _range_text(low, high, strict)
-    interval = f"{name} {number_text(value, at_least, at_most)}"
+    interval = f"{name.replace('_', ' ')} {number_text(value, at_least, at_most)}"
     if inside:
         return Finding("validated", f"{interval} is {allowed}", value, at_least, at_most)
     if outside:

@@ -150,7 +150,7 @@ class Claims(_FromData):
                     _paragraph(nodes.strong("", row["claim"]), " ", row["statement"]),
                     row["published"] or "–",
                     outcomes.number_text(row["value"], row["low"], row["high"]),
-                    [self.outcome(row), _paragraph(row["reason"])],
+                    [self.outcome(row), *(_paragraph(part) for part in row["reason"].split("; "))],
                 ]
                 for row in rows
                 if row["suite"] == suite
