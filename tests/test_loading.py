@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError, WeightsError
+from rim_core.loading import suite_hashes
 from rim_core.workspace import SUITES
 
 
@@ -231,3 +232,22 @@ def test_every_shipped_suite_reads():
         suite = rim.load_suite(path.stem)
         assert suite.roles
         assert suite.title
+
+
+def test_a_relative_folder_starts_at_the_suite_s_file_and_identifies_it(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(tiny_folder())
+    suite = tmp_path / "own.yml"
+    suite.write_text("base:\n  folder: model\nroles:\n  base:\n")
+    monkeypatch.chdir("/")
+    assert rim.load_suite(suite).base["folder"] == str(tiny_folder().resolve())
+    found = suite_hashes(suite)["base"]
+    suite.write_text(f"base:\n  folder: {tiny_folder('qwen3')}\nroles:\n  base:\n")
+    assert suite_hashes(suite)["base"] != found
+
+
+@pytest.mark.parametrize("base", ["{}", "folder", "{path: model}", "{hub: a/b, folder: model}"])
+def test_a_suite_s_base_has_one_source(tmp_path, base):
+    suite = tmp_path / "own.yml"
+    suite.write_text(f"base: {base}\nroles:\n  base:\n")
+    with pytest.raises(InputError, match=r"own\.yml: base needs one of the keys wheel, hub .* and folder"):
+        rim.load_suite(suite)
