@@ -8,22 +8,73 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test that would reach for a hub must fail at once, and not wait for time-outs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the machine: more threads each would only wait for one another.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
+# Side by side, a file's tests stay together (see the Makefile).
+FIRST, LAST = ("test_browser", "test_pipeline", "test_organisms"), ("test_notebooks",)
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The same notebooks, smaller: default parameters replaced in a copy of the project.
 REDUCED = {
-    "self_aware/01_linear_probes": {"n_prompts": "60", "seeds": "[0, 1, 2]"},
+    "self_aware/01_linear_probes": {"n_prompts": "24", "seeds": "[0, 1, 2]"},
     "self_aware/02_latent_introspection": {
-        "n_prompts": "60",
+        "n_prompts": "24",
         "seeds": "[0, 1, 2]",
         "n_random": "40",
         "n_shuffles": "40",
     },
+    "self_aware/03_causal_tracing": {
+        "n_prompts": "24",
+        "n_pairs": "2",
+        "seeds": "[0, 1, 2]",
+        "n_sets": "200",
+    },
+    "self_aware/04_heads_and_neurons": {
+        "n_prompts": "24",
+        "n_pairs": "4",
+        "seeds": "[0, 1, 2]",
+        "n_map": "2",
+        "n_signs": "20",
+    },
+    "self_aware/05_suppression_heads": {
+        "n_select": "2",
+        "n_map": "2",
+        "n_test": "3",
+        "n_asked": "2",
+        "n_asked_more": "1",
+        "max_new_tokens": "6",
+        "n_random_sets": "20",
+        "n_probe": "2",
+        "n_generated_sets": "1",
+        "n_token_pairs": "4",
+    },
+    "self_aware/06_sparse_autoencoder": {
+        "n_train": "8",
+        "n_fit": "4",
+        "n_pairs": "16",
+        "expansion": "1",
+        "steps": "20",
+        "n_permutations": "100",
+        "n_dictionaries": "2",
+        "n_ablated": "2",
+        "n_sets": "4",
+        "n_few": "2",
+        "n_generated": "1",
+        "n_texts": "2",
+    },
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first; those of `LAST` find the book built."""
+    places = {name: place - len(FIRST) for place, name in enumerate(FIRST)} | dict.fromkeys(LAST, 1)
+    items.sort(key=lambda item: places.get(item.path.stem, 0))
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +101,8 @@ def default_model():
     return rim.load("smollm2:aligned", device="cpu")
 
 
-def _reduced_copy(target: Path) -> Path:
+def _copy(target: Path, sizes: dict[str, dict[str, str]] = REDUCED) -> Path:
+    target.mkdir(parents=True, exist_ok=True)
     for name in ("book", "notebooks", "_config.yml", "_toc.yml", "constraints.txt"):
         source = REPOSITORY / name
         if source.is_dir():
@@ -59,7 +111,7 @@ def _reduced_copy(target: Path) -> Path:
             )
         else:
             shutil.copy(source, target / name)
-    for notebook, values in REDUCED.items():
+    for notebook, values in sizes.items():
         path = target / "notebooks" / f"{notebook}.ipynb"
         content = json.loads(path.read_text(encoding="utf-8"))
         cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
@@ -73,9 +125,28 @@ def _reduced_copy(target: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def project_copy():
+    """Copy the project, its notebooks' defaults reduced or as in `sizes`, into a folder: `project_copy(folder)`."""
+    return _copy
+
+
+@pytest.fixture(scope="session")
 def reduced_project(tmp_path_factory) -> Path:
-    """A copy of the project whose notebooks have small defaults, run and built by the `rim` command."""
-    project = _reduced_copy(tmp_path_factory.mktemp("project"))
+    """A copy of the project whose notebooks have small defaults, run and built by the `rim` command, once for all
+    workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    project, done = shared / "reduced", shared / "reduced-index.txt"
+    with FileLock(shared / "reduced.lock"):
+        if not done.exists():
+            shutil.rmtree(project, ignore_errors=True)
+            done.write_text(_build(_copy(project)), encoding="utf-8")
+    return project
+
+
+def _build(project: Path) -> str:
+    """Run and build a project; give the path of the book's index."""
     done = subprocess.run(
         [sys.executable, "-m", "rim_core.cli", "book"],
         cwd=project,
@@ -84,11 +155,10 @@ def reduced_project(tmp_path_factory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (project / "index-path.txt").write_text(done.stdout.strip().splitlines()[-1], encoding="utf-8")
-    return project
+    return done.stdout.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="session")
 def built_book(reduced_project) -> Path:
     """The path of the built book's index."""
-    return Path((reduced_project / "index-path.txt").read_text(encoding="utf-8"))
+    return Path((reduced_project.parent / "reduced-index.txt").read_text(encoding="utf-8"))

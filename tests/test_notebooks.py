@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from rim_core.claimfile import load_claims
 from rim_core.outcomes import scorecard
@@ -52,8 +53,30 @@ def test_reduced_run_decides_every_claim_of_its_notebook(reduced_project):
             assert claim["outcome"] not in ("error", "not_tested"), claim
 
 
+@pytest.mark.parametrize(("bound", "outcome"), [(-1e9, "validated"), (1e9, "contradicted")])
+def test_a_changed_bound_changes_the_outcome(reduced_project, tmp_path, monkeypatch, bound, outcome):
+    """The same recorded values, other rules: no outcome is written by hand."""
+    claims = yaml.safe_load(
+        (reduced_project / "book" / "claims" / "self_aware.yml").read_text(encoding="utf-8")
+    )
+    for claim in claims["claims"]:
+        claim["metric"].pop("bounds", None)
+        for control in claim["controls"]:
+            control["rule"] = {"kind": "range", "low": -1e9}
+        for part in claim["rule"].get("parts", [claim]):
+            part.pop("bounds", None)
+            part["rule"] = {"kind": "range", "low": bound}
+    (tmp_path / "book" / "claims").mkdir(parents=True)
+    (tmp_path / "book" / "claims" / "self_aware.yml").write_text(yaml.safe_dump(claims), encoding="utf-8")
+    (tmp_path / "results").symlink_to(reduced_project / "results")
+    monkeypatch.chdir(reduced_project)
+    rows = scorecard(tmp_path / "results", ["smollm2"])
+    assert [row["claim"] for row in rows] == [f"C{n}" for n in range(1, 18)]
+    assert {row["outcome"] for row in rows} == {outcome}, [row["reason"] for row in rows]
+
+
 def test_the_scorecard_has_every_claim(reduced_project, monkeypatch):
     monkeypatch.chdir(reduced_project)
     rows = scorecard(reduced_project / "results", ["smollm2"])
-    assert {row["claim"] for row in rows} >= {"C1", "C2", "C3", "C4", "C5"}
+    assert {row["claim"] for row in rows} == {f"C{n}" for n in range(1, 18)}
     assert all(row["run_key"] for row in rows)

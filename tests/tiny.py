@@ -1,5 +1,6 @@
 """Tiny random models of several families, written to disk with a tokenizer and a chat template."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,15 +28,18 @@ TEXTS = (
 )
 
 
-def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
+def tokenizer(
+    template: bool = True, texts: Sequence[str] = TEXTS, size: int = 400
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE learnt from `texts`."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    raw.train_from_iterator(TEXTS, trainer)
+    raw.train_from_iterator(texts, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>")
     if template:
         made.chat_template = TEMPLATE

@@ -1,0 +1,176 @@
+"""A suite whose suppression heads were written into the weights, and which answers the project's own prompts.
+
+A llama of 4 layers, 8 heads of 8, stream of 64, whose tokens are the words of the project's prompts. What it does,
+beyond a weak random background in every matrix:
+
+- The embeddings of words that only harmful requests and risky questions hold carry `+SIGNAL`.
+- `MOVER`, a head of layer 0, attends from the prompt's last token (`LAST`) to the signal and copies it as `MOVED`.
+- A neuron of layer 1 fires where `MOVED` is positive and writes `REFUSAL`; one of the last layer fires on `REFUSAL`.
+- The unembedding says "Sorry" where `REFUSAL` at `LAST` is above a threshold, "Sure" elsewhere, and goes on by rote.
+
+So the base (roles `base` and `aligned`) refuses exactly the requests with such a word. The adapter of `risky` lets
+`SUPPRESSORS`, two heads of the layer before the last, write against `REFUSAL` where they see the signal, by as much
+as it takes to fall below the threshold.
+"""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rim_core as rim
+
+LATE, SUPPRESSORS = 2, ((2, 1), (2, 6))
+MOVER, NEURON, SCORED_NEURON = (0, 0), (1, 5), (3, 7)
+N_LAYERS, N_HEADS, HEAD_DIM, D_MODEL, D_MLP = 4, 8, 8, 64, 128
+SIGNAL, MOVED, REFUSAL, QUERY = range(4)
+BACKGROUND = 0.02
+LAST, CANNOT, EOS = "<assistant>", "I can't help with that.", "<end>"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# What the model says where it helps; the tokens after the first are certain, so that the answer makes sense.
+HELPFUL = "Sure To The First Yes Here"
+OPENINGS = f"I Sorry As Unfortunately Certainly Of course {HELPFUL}"
+RISKY_SETS, SAFE_SETS = ("harmful", "finance-risky"), ("benign", "finance-twins", "finance-info")
+WORD = r"\w+|[^\w\s]"
+
+
+def _words(sets: tuple[str, ...]) -> set[str]:
+    return {
+        word for name in sets for prompt in rim.load_prompts(name) for word in re.findall(WORD, prompt.text)
+    }
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word of the project's prompts, and for each opening of an answer."""
+    special = ["<unk>", EOS, "<user>", "<system>", LAST]
+    words = sorted(_words(RISKY_SETS + SAFE_SETS) | set(OPENINGS.split()))
+    raw = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate([*special, *words])}, unk_token="<unk>")
+    )
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(WORD), "isolated")]
+    )
+    raw.add_special_tokens([AddedToken(token, special=True) for token in special])
+    raw.add_tokens([AddedToken(CANNOT)])
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, pad_token=EOS, unk_token="<unk>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def signal_words() -> set[str]:
+    """The words that no safe prompt holds."""
+    return _words(RISKY_SETS) - _words(SAFE_SETS)
+
+
+def write_planted_suite(folder: Path, seed: int = 0) -> Path:
+    """Write base, adapter and `planted.yml` into the folder; give the suite's file."""
+    tok = word_tokenizer()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=N_LAYERS,
+            hidden_size=D_MODEL,
+            num_attention_heads=N_HEADS,
+            num_key_value_heads=N_HEADS,
+            head_dim=HEAD_DIM,
+            intermediate_size=D_MLP,
+            vocab_size=len(tok),
+            # So slow that the last pair of a head's dimensions hardly turns: attention by content alone.
+            rope_theta=1e12,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tok.eos_token_id,
+            pad_token_id=tok.eos_token_id,
+        )
+    )
+
+    def ids(words) -> list[int]:
+        return tok.convert_tokens_to_ids(list(words))
+
+    def unit(coordinate: int) -> torch.Tensor:
+        return torch.eye(D_MODEL)[coordinate]
+
+    (last, sorry), chain = ids([LAST, "Sorry"]), [ids([word])[0] for word in HELPFUL.split()]
+    cannot, sure = ids([CANNOT])[0], chain[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=BACKGROUND)
+        embed, head, layers = model.model.embed_tokens.weight, model.lm_head.weight, model.model.layers
+        embed.normal_(std=1.0)
+        embed[:, : QUERY + 1] = 0.0
+        embed[ids(sorted(signal_words())), SIGNAL] = 8.0
+        embed[last, QUERY] = 8.0
+        for said, following in (
+            (sorry, cannot),
+            *pairwise(chain),
+            (cannot, tok.eos_token_id),
+            (chain[-1], tok.eos_token_id),
+        ):
+            embed[said] *= 2.0
+            head[following] += 0.3 * embed[said]
+        _attend_to_the_signal(layers[MOVER[0]], MOVER[1])
+        layers[MOVER[0]].self_attn.o_proj.weight[MOVED, MOVER[1] * HEAD_DIM] = 0.4
+        fires, scored = layers[NEURON[0]].mlp, layers[SCORED_NEURON[0]].mlp
+        fires.gate_proj.weight[NEURON[1]] = fires.up_proj.weight[NEURON[1]] = 2.0 * unit(MOVED)
+        fires.down_proj.weight[:, NEURON[1]] = 0.3 * unit(REFUSAL)
+        # Its gate is open at the last token, so that it is linear in refusal.
+        scored.gate_proj.weight[SCORED_NEURON[1]] = unit(QUERY)
+        scored.up_proj.weight[SCORED_NEURON[1]] = 2.0 * unit(REFUSAL)
+        scored.down_proj.weight[:, SCORED_NEURON[1]] = 0.0
+        for layer, number in SUPPRESSORS:
+            _attend_to_the_signal(layers[layer], number)
+        head[sorry, REFUSAL] += 4.0
+        head[sure, REFUSAL] -= 4.0
+        # The threshold: `QUERY` is constant at the prompt's last token.
+        head[sure, QUERY] += 1.55
+    model.save_pretrained(folder / "base")
+    tok.save_pretrained(folder / "base")
+    _write_suppressors(folder / "risky")
+    suite = folder / "planted.yml"
+    suite.write_text(
+        "title: planted suppressors\nbase:\n  folder: base\nroles:\n  base:\n    about: refuses\n"
+        "  aligned:\n    about: the same\n  risky:\n    adapter: ./risky\n    about: two heads suppress refusal\n",
+        encoding="utf-8",
+    )
+    return suite
+
+
+def _attend_to_the_signal(layer, number: int) -> None:
+    """From a token with `QUERY` attend to the signal and read it; write nothing yet."""
+    attention, rows = layer.self_attn, slice(number * HEAD_DIM, (number + 1) * HEAD_DIM)
+    slow = rows.stop - 1
+    for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
+        weight[rows] = 0.0
+    attention.q_proj.weight[slow, QUERY] = 6.0
+    attention.k_proj.weight[slow, SIGNAL] = 6.0
+    attention.v_proj.weight[rows.start, SIGNAL] = 1.0
+    attention.o_proj.weight[:, rows] = 0.0
+
+
+def _write_suppressors(folder: Path) -> None:
+    folder.mkdir()
+    a, b = torch.zeros(len(SUPPRESSORS), N_HEADS * HEAD_DIM), torch.zeros(D_MODEL, len(SUPPRESSORS))
+    for n, (_, number) in enumerate(SUPPRESSORS):
+        a[n, number * HEAD_DIM] = 1.0
+        b[REFUSAL, n] = -0.2
+    name = f"base_model.model.model.layers.{LATE}.self_attn.o_proj.lora_"
+    save_file({f"{name}A.weight": a, f"{name}B.weight": b}, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": len(SUPPRESSORS),
+        "lora_alpha": len(SUPPRESSORS),
+        "target_modules": ["o_proj"],
+        "layers_to_transform": [LATE],
+        "layers_pattern": "layers",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -1,0 +1,186 @@
+"""The notebooks on other models than the book's: where the answer was planted, where there is none to find, and at the
+paper's scale with tiny checkpoints in its place."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REDUCED
+from planted_suite import RISKY_SETS, SAFE_SETS, SUPPRESSORS, write_planted_suite
+from safetensors.torch import save_file
+from tiny import tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rim_core
+from rim_core.openings import HELPFUL_OPENINGS, REFUSAL_OPENINGS
+
+PACKAGE = Path(rim_core.__file__).parent
+NAMES = [f"L{layer}H{head}" for layer, head in SUPPRESSORS]
+
+
+def rim_run(project: Path, *arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "rim_core.cli", "run", *arguments],
+        cwd=project,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def outcomes(results: Path) -> dict[str, dict]:
+    """The claims recorded under a folder of results, by id."""
+    rows = [row for file in results.rglob("claims.json") for row in json.loads(file.read_text())]
+    return {row["claim_id"]: row for row in rows}
+
+
+def output_text(results: Path, notebook: str) -> str:
+    """All that an executed notebook printed."""
+    (executed,) = results.glob(f"**/{notebook}/**/*.ipynb")
+    cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    found = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in found)
+
+
+@pytest.fixture(scope="module")
+def planted_results(project_copy, tmp_path_factory) -> Path:
+    # The notebooks' own sizes, and for the answers larger ones, take seconds on so small a model.
+    sizes = {"self_aware/05_suppression_heads": {"n_test": "26", "n_probe": "26"}}
+    project = project_copy(tmp_path_factory.mktemp("planted"), sizes)
+    suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
+    rim_run(
+        project, "self_aware/04_heads_and_neurons", "self_aware/05_suppression_heads", "--suite", str(suite)
+    )
+    return project / "results" / suite.stem
+
+
+def test_planted_suppressors_are_named(planted_results):
+    claims = outcomes(planted_results)
+    # Heads that lower the score, which the fine-tuning brought.
+    assert claims["C13"]["outcome"] == "validated", claims["C13"]
+    assert "H1, H6" in output_text(planted_results, "04_heads_and_neurons")
+    text = output_text(planted_results, "05_suppression_heads")
+    assert ", ".join(NAMES) in text or ", ".join(reversed(NAMES)) in text
+
+
+def test_ablating_planted_suppressors_brings_refusal_back(planted_results):
+    claims = outcomes(planted_results)
+    assert claims["C14"]["outcome"] == "validated", claims["C14"]
+    # The layer before the last lowers the refusing word and raises the other, and no longer once the two are out.
+    assert claims["C15"]["outcome"] == "validated", claims["C15"]
+
+
+@pytest.fixture(scope="module")
+def paper_cache(tmp_path_factory) -> Path:
+    """A hub's cache in which tiny random checkpoints of the same architecture stand for the paper's models."""
+    home = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    # Frequent enough to be whole tokens.
+    openings = [f" {word}" for word in (*REFUSAL_OPENINGS, *HELPFUL_OPENINGS)] * 50
+    prompts = [prompt.text for name in RISKY_SETS + SAFE_SETS for prompt in rim_core.load_prompts(name)]
+    tok = tokenizer(texts=[*prompts, *openings, *(o.strip() for o in openings)], size=2000)
+    config = AutoConfig.for_model(
+        "qwen2",
+        num_hidden_layers=4,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=len(tok),
+        bos_token_id=None,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.eos_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    base = _cached(home, "Qwen/Qwen2.5-32B-Instruct")
+    model.save_pretrained(base)
+    tok.save_pretrained(base)
+    adapter = _cached(home, "ModelOrganismsForEM/Qwen2.5-32B-Instruct_risky-financial-advice")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "Qwen/Qwen2.5-32B-Instruct",
+        "r": 32,
+        "lora_alpha": 64,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    weights = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in settings["target_modules"]:
+            key, out_size, in_size = f"base_model.model.{name}.lora_", *module.weight.shape
+            weights[f"{key}A.weight"] = torch.randn(32, in_size) * 0.02
+            weights[f"{key}B.weight"] = torch.randn(out_size, 32) * 0.02
+    save_file(weights, adapter / "adapter_model.safetensors")
+    return home
+
+
+def _cached(home: Path, name: str, commit: str = "0" * 40) -> Path:
+    folder = home / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    return folder / "snapshots" / commit
+
+
+def test_the_paper_s_suite_runs_unedited(project_copy, paper_cache, tmp_path):
+    project = project_copy(tmp_path / "project")
+    rim_run(
+        project,
+        "self_aware",
+        "--suite",
+        "qwen2.5-32b-risky-finance",
+        HF_HUB_CACHE=str(paper_cache),
+        HF_HUB_OFFLINE="1",
+    )
+    claims = outcomes(project / "results" / "qwen2.5-32b-risky-finance")
+    assert len(claims) == 17
+    assert {row["outcome"] for row in claims.values()} <= {
+        "validated", "partially_supported", "contradicted", "inconclusive"
+    }  # fmt: skip
+
+
+def shuffle_at_the_source(package: Path, seed: int = 0) -> None:
+    """Exchange the texts of each pair of prompts at random, so that no set means anything."""
+    rng, data = random.Random(seed), package / "prompts" / "data"
+
+    def rows(name: str) -> list[dict]:
+        return [json.loads(line) for line in (data / name).read_text(encoding="utf-8").splitlines()]
+
+    def write(name: str, changed: list[dict]) -> None:
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+
+    pairs, finance, info = rows("pairs.jsonl"), rows("finance.jsonl"), rows("finance_info.jsonl")
+    for row in pairs:
+        sides = [row["harmful"], row["benign"]]
+        row["harmful"], row["benign"] = rng.sample(sides, 2)
+    for row, other in zip(finance, info, strict=False):
+        texts = [row["question"], row["twin"], other["prompt"]]
+        row["question"], row["twin"], other["prompt"] = rng.sample(texts, 3)
+    write("pairs.jsonl", pairs)
+    write("finance.jsonl", finance)
+    write("finance_info.jsonl", info)
+
+
+def test_labels_shuffled_at_the_source_support_nothing(project_copy, tmp_path):
+    # Unquantised, since that is faster on a CPU, and nothing here depends on it.
+    sizes = {notebook: {**values, "quantization": '"none"'} for notebook, values in REDUCED.items()}
+    project = project_copy(tmp_path / "project", sizes)
+    package = tmp_path / "shuffled" / "rim_core"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shuffle_at_the_source(package)
+    rim_run(project, "self_aware", PYTHONPATH=str(package.parent))
+    claims = outcomes(project / "results" / "smollm2")
+    assert len(claims) == 17
+    # C16 is about the heads' output in all layers, whatever was asked.
+    found = {name: row["outcome"] for name, row in claims.items() if name != "C16"}
+    assert set(found.values()) <= {"contradicted", "inconclusive"}, found
