@@ -19,7 +19,7 @@ import yaml
 
 from rim_core import runner
 from rim_core.errors import InputError, RimError
-from rim_core.workspace import DEFAULT_SUITE, suite_file
+from rim_core.workspace import DEFAULT_SUITE, suite_file, suite_name
 
 STAGED = Path("book/experiments")
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -55,7 +55,7 @@ def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]
             status = _status(project, notebook, suite)
             if position and status == "not run":
                 continue
-            folder = STAGED / Path(suite).stem if position else STAGED
+            folder = STAGED / suite_name(suite) if position else STAGED
             page = Page(notebook, suite, (folder / notebook).as_posix(), status)
             _write(project / f"{page.document}.ipynb", _page(project, source, page))
             pages.append(page)
@@ -138,7 +138,7 @@ def _page(project: Path, source: Path, page: Page) -> nbformat.NotebookNode:
         {
             "kernelspec": _KERNEL,
             "language_info": _LANGUAGE,
-            "rim": {"suite": Path(page.suite).stem, "status": page.status},
+            "rim": {"suite": suite_name(page.suite), "status": page.status},
         }
     )
     return notebook
@@ -164,7 +164,7 @@ def _card(page: Page, run: dict[str, Any]) -> str:
     suite = yaml.safe_load(suite_file(page.suite).read_text(encoding="utf-8"))
     seeds = parameters.get("seeds", run["seed"])
     rows = {
-        "Suite": f"<code>{escape(Path(page.suite).stem)}</code>",
+        "Suite": f"<code>{escape(suite_name(page.suite))}</code>",
         "Base model": escape(str(suite.get("title", page.suite))),
         "Roles": escape(", ".join(suite["roles"])),
         "Quantization": escape(str(parameters.get("quantization", "–"))),
@@ -198,7 +198,7 @@ def _placeholder(project: Path, page: Page) -> str:
         what = "This experiment has not been run."
     return (
         '<aside class="rim-run-card" id="run-card" aria-label="Run card"><p class="rim-banner">'
-        f"<strong>No result.</strong> {what} Run it with the suite <code>{escape(Path(page.suite).stem)}</code>: "
+        f"<strong>No result.</strong> {what} Run it with the suite <code>{escape(suite_name(page.suite))}</code>: "
         f"<code>{_command(page)}</code>, then <code>rim book</code>.</p></aside>"
     )
 

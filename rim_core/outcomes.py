@@ -376,7 +376,7 @@ def _is_there(role: str, roles: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
-    stem = Path(suite).stem
+    stem = workspace.suite_name(suite)
     notebook = str(claim.metric["notebook"])
     run_key, recorded, failed = _read_run(results_dir / stem / notebook, claim)
     finding = Finding("not_tested", f"no run yet; rim run {notebook} --suite {suite}")

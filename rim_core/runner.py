@@ -102,7 +102,7 @@ def variant(overrides: Mapping[str, Any]) -> str:
 
 def run_folder(project: Path, notebook: str, suite: str, overrides: Mapping[str, Any]) -> Path:
     """Give the folder that a run's result is put into."""
-    return places.results_dir(project) / Path(suite).stem / notebook / variant(overrides)
+    return places.results_dir(project) / places.suite_name(suite) / notebook / variant(overrides)
 
 
 def run_key(
@@ -119,7 +119,7 @@ def run_key(
     constraints = project / "constraints.txt"
     parts = {
         "notebook": _sha(_json([_normalised(cell) for cell in source["cells"]])),
-        "parameters": _sha(_json(_resolved(known, Path(suite).stem, overrides))),
+        "parameters": _sha(_json(_resolved(known, places.suite_name(suite), overrides))),
         "rim_core": _tree_hash(places.PACKAGE),
         "models": _sha(_json([_sha(places.suite_file(suite).read_bytes()), suite_hashes(suite)])),
         "constraints": _sha(constraints.read_bytes() if constraints.is_file() else b""),
@@ -156,7 +156,9 @@ def _run_one(
     claims = _claims_of(project, name)
     lacking = [outcomes.missing_roles(claim, suite) for claim in claims]
     if lacking and all(lacking) and not force:
-        return Result(name, "not applicable", f"suite {Path(suite).stem} has no role {', '.join(lacking[0])}")
+        return Result(
+            name, "not applicable", f"suite {places.suite_name(suite)} has no role {', '.join(lacking[0])}"
+        )
     key, parts = run_key(project, name, suite, overrides)
     if not force and _is_up_to_date(folder, key):
         return Result(name, "up to date")
@@ -172,8 +174,8 @@ def _run_one(
         executed.metadata.get("papermill", {}).pop("input_path", None)
         record = {
             "notebook": name,
-            "suite": Path(suite).stem,
-            "parameters": _resolved(known, Path(suite).stem, overrides),
+            "suite": places.suite_name(suite),
+            "parameters": _resolved(known, places.suite_name(suite), overrides),
             "overrides": overrides,
             "run_key": key,
             "key_parts": parts,
@@ -181,7 +183,7 @@ def _run_one(
             "finished": _now(),
             "wall_seconds": round(time.monotonic() - clock, 2),
         }
-        harvested, twice = _harvest(executed, key, Path(suite).stem)
+        harvested, twice = _harvest(executed, key, places.suite_name(suite))
         if failure is None and twice:
             from rim_core.execution import Failure
 

@@ -47,6 +47,11 @@ def cache_dir() -> Path:
     return Path(named).expanduser().resolve() if named else Path.home() / ".cache" / "rim"
 
 
+def suite_name(suite: str) -> str:
+    """Give a suite's name from its name or its file's path; dots in a name are part of it (`qwen2.5-7b`)."""
+    return Path(suite).name.removesuffix(".yml").removesuffix(".yaml")
+
+
 def suite_names() -> list[str]:
     """Name the suites that ship with the package."""
     return sorted(path.stem for path in SUITES.glob("*.yml"))
