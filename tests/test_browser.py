@@ -131,6 +131,7 @@ def visit(browser) -> Iterator[object]:
         each.context.close()
 
 
+@pytest.mark.timeout(1500)  # the first test waits for the book, and contrast takes seconds a page
 @pytest.mark.parametrize("theme", THEMES)
 def test_every_page_is_drawn_whole_and_accessible(visit, pages, theme):
     from axe_core_python.sync_playwright import Axe
