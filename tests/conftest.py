@@ -141,21 +141,23 @@ def reduced_project(tmp_path_factory) -> Path:
     with FileLock(shared / "reduced.lock"):
         if not done.exists():
             shutil.rmtree(project, ignore_errors=True)
-            done.write_text(_build(_copy(project)), encoding="utf-8")
+            printed = rim_command(_copy(project), "book")
+            done.write_text(printed.strip().splitlines()[-1], encoding="utf-8")
     return project
 
 
-def _build(project: Path) -> str:
-    """Run and build a project; give the path of the book's index."""
+def rim_command(project: Path, *arguments: str, **environment: str) -> str:
+    """Run `rim` in a project, with more environment variables; give what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "rim_core.cli", "book"],
+        [sys.executable, "-m", "rim_core.cli", *arguments],
         cwd=project,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout.strip().splitlines()[-1]
+    return done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -53,23 +53,23 @@ def _token(tok, text: str) -> int:
     return found
 
 
-def write_planted(folder: Path, seed: int = 0) -> Path:
-    tok = tokenizer()
+def background(n_heads: int, head_dim: int, seed: int, **special) -> LlamaForCausalLM:
+    """A llama that does next to nothing: weak random matrices, embeddings without the planted directions.
+
+    `special` are the tokens' settings: `vocab_size`, `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         num_hidden_layers=N_LAYERS,
         hidden_size=D_MODEL,
-        num_attention_heads=N_HEADS,
-        num_key_value_heads=N_HEADS,
-        head_dim=HEAD_DIM,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
+        head_dim=head_dim,
         intermediate_size=D_MLP,
-        vocab_size=400,
         # So slow that the last pair of a head's dimensions hardly turns: attention by content alone.
         rope_theta=1e12,
         tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
+        **special,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -77,8 +77,29 @@ def write_planted(folder: Path, seed: int = 0) -> Path:
             parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=BACKGROUND)
         embed = model.model.embed_tokens.weight
         embed.normal_(std=1.0)
-        # Ordinary tokens know nothing of the planted directions.
         embed[:, : QUERY + 1] = 0.0
+    return model
+
+
+def attend_to_signal(layer, rows: slice) -> None:
+    """Let a head, its rows given, attend from a token with `QUERY` to the positive signal and read it, and write
+    nothing."""
+    attention, slow = layer.self_attn, rows.stop - 1
+    for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
+        weight[rows] = 0.0
+    attention.q_proj.weight[slow] = 6.0 * direction(QUERY)
+    attention.k_proj.weight[slow] = 6.0 * direction(SIGNAL)
+    attention.v_proj.weight[rows.start] = direction(SIGNAL)
+    attention.o_proj.weight[:, rows] = 0.0
+
+
+def write_planted(folder: Path, seed: int = 0) -> Path:
+    tok = tokenizer()
+    model = background(
+        N_HEADS, HEAD_DIM, seed, vocab_size=400, bos_token_id=1, eos_token_id=2, pad_token_id=2
+    )
+    with torch.no_grad():
+        embed = model.model.embed_tokens.weight
         embed[_token(tok, HARMFUL), SIGNAL], embed[_token(tok, HARMLESS), SIGNAL] = 8.0, -8.0
         embed[_token(tok, LAST), QUERY] = 8.0
         layers = model.model.layers
@@ -108,16 +129,9 @@ def _move(layer, head: int) -> None:
 
 def _suppress(layer, head: int) -> None:
     """From a token with `QUERY` attend to the positive signal, and write it against `REFUSAL`."""
-    attention, rows = layer.self_attn, slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-    slow = rows.stop - 1
-    attention.q_proj.weight[rows] = 0.0
-    attention.q_proj.weight[slow] = 6.0 * direction(QUERY)
-    attention.k_proj.weight[rows] = 0.0
-    attention.k_proj.weight[slow] = 6.0 * direction(SIGNAL)
-    attention.v_proj.weight[rows] = 0.0
-    attention.v_proj.weight[rows.start] = direction(SIGNAL)
-    attention.o_proj.weight[:, rows] = 0.0
-    attention.o_proj.weight[:, rows.start] = -0.3 * direction(REFUSAL)
+    rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+    attend_to_signal(layer, rows)
+    layer.self_attn.o_proj.weight[:, rows.start] = -0.3 * direction(REFUSAL)
 
 
 @cache

@@ -19,17 +19,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from planted import D_MODEL, MOVED, QUERY, REFUSAL, SIGNAL, attend_to_signal, background, direction
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import rim_core as rim
 
 LATE, SUPPRESSORS = 2, ((2, 1), (2, 6))
 MOVER, NEURON, SCORED_NEURON = (0, 0), (1, 5), (3, 7)
-N_LAYERS, N_HEADS, HEAD_DIM, D_MODEL, D_MLP = 4, 8, 8, 64, 128
-SIGNAL, MOVED, REFUSAL, QUERY = range(4)
-BACKGROUND = 0.02
+N_HEADS, HEAD_DIM = 8, 8
 LAST, CANNOT, EOS = "<assistant>", "I can't help with that.", "<end>"
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
@@ -73,39 +72,23 @@ def signal_words() -> set[str]:
 def write_planted_suite(folder: Path, seed: int = 0) -> Path:
     """Write base, adapter and `planted.yml` into the folder; give the suite's file."""
     tok = word_tokenizer()
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=N_LAYERS,
-            hidden_size=D_MODEL,
-            num_attention_heads=N_HEADS,
-            num_key_value_heads=N_HEADS,
-            head_dim=HEAD_DIM,
-            intermediate_size=D_MLP,
-            vocab_size=len(tok),
-            # So slow that the last pair of a head's dimensions hardly turns: attention by content alone.
-            rope_theta=1e12,
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=tok.eos_token_id,
-            pad_token_id=tok.eos_token_id,
-        )
+    model = background(
+        N_HEADS,
+        HEAD_DIM,
+        seed,
+        vocab_size=len(tok),
+        bos_token_id=None,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.eos_token_id,
     )
 
     def ids(words) -> list[int]:
         return tok.convert_tokens_to_ids(list(words))
 
-    def unit(coordinate: int) -> torch.Tensor:
-        return torch.eye(D_MODEL)[coordinate]
-
     (last, sorry), chain = ids([LAST, "Sorry"]), [ids([word])[0] for word in HELPFUL.split()]
     cannot, sure = ids([CANNOT])[0], chain[0]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=BACKGROUND)
         embed, head, layers = model.model.embed_tokens.weight, model.lm_head.weight, model.model.layers
-        embed.normal_(std=1.0)
-        embed[:, : QUERY + 1] = 0.0
         embed[ids(sorted(signal_words())), SIGNAL] = 8.0
         embed[last, QUERY] = 8.0
         for said, following in (
@@ -116,17 +99,17 @@ def write_planted_suite(folder: Path, seed: int = 0) -> Path:
         ):
             embed[said] *= 2.0
             head[following] += 0.3 * embed[said]
-        _attend_to_the_signal(layers[MOVER[0]], MOVER[1])
+        attend_to_signal(layers[MOVER[0]], _rows(MOVER[1]))
         layers[MOVER[0]].self_attn.o_proj.weight[MOVED, MOVER[1] * HEAD_DIM] = 0.4
         fires, scored = layers[NEURON[0]].mlp, layers[SCORED_NEURON[0]].mlp
-        fires.gate_proj.weight[NEURON[1]] = fires.up_proj.weight[NEURON[1]] = 2.0 * unit(MOVED)
-        fires.down_proj.weight[:, NEURON[1]] = 0.3 * unit(REFUSAL)
+        fires.gate_proj.weight[NEURON[1]] = fires.up_proj.weight[NEURON[1]] = 2.0 * direction(MOVED)
+        fires.down_proj.weight[:, NEURON[1]] = 0.3 * direction(REFUSAL)
         # Its gate is open at the last token, so that it is linear in refusal.
-        scored.gate_proj.weight[SCORED_NEURON[1]] = unit(QUERY)
-        scored.up_proj.weight[SCORED_NEURON[1]] = 2.0 * unit(REFUSAL)
+        scored.gate_proj.weight[SCORED_NEURON[1]] = direction(QUERY)
+        scored.up_proj.weight[SCORED_NEURON[1]] = 2.0 * direction(REFUSAL)
         scored.down_proj.weight[:, SCORED_NEURON[1]] = 0.0
         for layer, number in SUPPRESSORS:
-            _attend_to_the_signal(layers[layer], number)
+            attend_to_signal(layers[layer], _rows(number))
         head[sorry, REFUSAL] += 4.0
         head[sure, REFUSAL] -= 4.0
         # The threshold: `QUERY` is constant at the prompt's last token.
@@ -143,16 +126,8 @@ def write_planted_suite(folder: Path, seed: int = 0) -> Path:
     return suite
 
 
-def _attend_to_the_signal(layer, number: int) -> None:
-    """From a token with `QUERY` attend to the signal and read it; write nothing yet."""
-    attention, rows = layer.self_attn, slice(number * HEAD_DIM, (number + 1) * HEAD_DIM)
-    slow = rows.stop - 1
-    for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
-        weight[rows] = 0.0
-    attention.q_proj.weight[slow, QUERY] = 6.0
-    attention.k_proj.weight[slow, SIGNAL] = 6.0
-    attention.v_proj.weight[rows.start, SIGNAL] = 1.0
-    attention.o_proj.weight[:, rows] = 0.0
+def _rows(number: int) -> slice:
+    return slice(number * HEAD_DIM, (number + 1) * HEAD_DIM)
 
 
 def _write_suppressors(folder: Path) -> None:

@@ -2,16 +2,13 @@
 paper's scale with tiny checkpoints in its place."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REDUCED
+from conftest import REDUCED, rim_command
 from planted_suite import RISKY_SETS, SAFE_SETS, SUPPRESSORS, write_planted_suite
 from safetensors.torch import save_file
 from tiny import tokenizer
@@ -22,18 +19,6 @@ from rim_core.openings import HELPFUL_OPENINGS, REFUSAL_OPENINGS
 
 PACKAGE = Path(rim_core.__file__).parent
 NAMES = [f"L{layer}H{head}" for layer, head in SUPPRESSORS]
-
-
-def rim_run(project: Path, *arguments: str, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "rim_core.cli", "run", *arguments],
-        cwd=project,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def outcomes(results: Path) -> dict[str, dict]:
@@ -56,8 +41,13 @@ def planted_results(project_copy, tmp_path_factory) -> Path:
     sizes = {"self_aware/05_suppression_heads": {"n_test": "26", "n_probe": "26"}}
     project = project_copy(tmp_path_factory.mktemp("planted"), sizes)
     suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
-    rim_run(
-        project, "self_aware/04_heads_and_neurons", "self_aware/05_suppression_heads", "--suite", str(suite)
+    rim_command(
+        project,
+        "run",
+        "self_aware/04_heads_and_neurons",
+        "self_aware/05_suppression_heads",
+        "--suite",
+        str(suite),
     )
     return project / "results" / suite.stem
 
@@ -134,8 +124,9 @@ def _cached(home: Path, name: str, commit: str = "0" * 40) -> Path:
 
 def test_the_paper_s_suite_runs_unedited(project_copy, paper_cache, tmp_path):
     project = project_copy(tmp_path / "project")
-    rim_run(
+    rim_command(
         project,
+        "run",
         "self_aware",
         "--suite",
         "qwen2.5-32b-risky-finance",
@@ -178,7 +169,7 @@ def test_labels_shuffled_at_the_source_support_nothing(project_copy, tmp_path):
     package = tmp_path / "shuffled" / "rim_core"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     shuffle_at_the_source(package)
-    rim_run(project, "self_aware", PYTHONPATH=str(package.parent))
+    rim_command(project, "run", "self_aware", PYTHONPATH=str(package.parent))
     claims = outcomes(project / "results" / "smollm2")
     assert len(claims) == 17
     # C16 is about the heads' output in all layers, whatever was asked.
