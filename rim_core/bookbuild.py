@@ -29,7 +29,8 @@ def build(project: Path) -> Path:
     program = "from jupyter_book.cli.main import main; main()"
     options = ["build", ".", "--toc", contents.relative_to(project).as_posix(), "-n", "-W", "--keep-going"]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, *options],
+        # -P: a folder of the project's must not be taken for a package.
+        [sys.executable, "-P", "-c", program, *options],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -100,6 +101,13 @@ def _follow(stream: Iterator[str]) -> Iterator[str]:
 
 def _failure(lines: Sequence[str], project: Path) -> str:
     marks = ("WARNING", "ERROR", "Exception", "error:")
-    found = [line.strip().replace(f"{project}/", "") for line in lines if any(mark in line for mark in marks)]
+    told = [line.strip().replace(f"{project}/", "") for line in lines]
+    # "Extension error:" stands on a line of its own, above what it is.
+    after = [*told[1:], ""]
+    found = [
+        f"{line} {more}" if line.endswith(":") else line
+        for line, more in zip(told, after, strict=True)
+        if any(mark in line for mark in marks)
+    ]
     what = " | ".join(found[:3]) or (lines[-1].strip() if lines else "the builder said nothing")
     return f"book: the build failed: {what}; the whole log is in _build/book.log"

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rim_core import workspace
 from rim_core.claimfile import Claim, load_claims
 from rim_core.errors import InputError
+from rim_core.missing import how_to_build
 from rim_core.rules import Bounds, Finding, Values, combine, finite, judge, number_text
+from rim_core.suitefile import Suite, load_suite
 
 __all__ = [
     "MIME",
@@ -49,7 +49,10 @@ SYMBOLS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one claim: `value` in [`low`, `high`] is in the metric's unit, `values` are by seed."""
+    """The outcome of one claim: `value` in [`low`, `high`] is in the metric's unit, `values` are by seed.
+
+    `reasons` are the sentences of `reason`, one for each part of the rule and for a control that failed.
+    """
 
     claim_id: str
     outcome: str
@@ -65,6 +68,7 @@ class Outcome:
     unit: str = ""
     published: str = ""
     organism: bool = True
+    reasons: Sequence[str] = ()
     shown_in: int | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -92,10 +96,11 @@ class Outcome:
         if self.organism:
             rows.append(("Scope", "a small model organism; not the paper's own models"))
         table = "".join(f"<tr><th>{html.escape(a)}</th><td>{html.escape(b)}</td></tr>" for a, b in rows)
+        told = "".join(f"<p>{html.escape(reason)}</p>" for reason in self.reasons)
         return (
             f'<div class="rim-claim rim-claim-{self.outcome}">'
             f"<p><strong>{html.escape(self.claim_id)}: {html.escape(self.label)}</strong></p>"
-            f"<p>{html.escape(self.statement)}</p><p>{html.escape(self.reason)}</p><table>{table}</table></div>"
+            f"<p>{html.escape(self.statement)}</p>{told}<table>{table}</table></div>"
         )
 
     def _ipython_display_(self) -> None:
@@ -155,6 +160,7 @@ def decide(
         unit=str(claim.metric["unit"]),
         published=claim.published_text,
         organism=claim.organism,
+        reasons=finding.sentences,
     )
 
 
@@ -162,15 +168,16 @@ def _with_controls(claim: Claim, finding: Finding, judged: Mapping[str, Finding]
     """Let the controls overrule a finding: an error or too few seeds first, then a control that fails."""
     for state in ("error", "not_tested"):
         if first := next((f for f in (finding, *judged.values()) if f.outcome == state), None):
-            return replace(finding, outcome=state, reason=first.reason)
+            return finding.because(state, first.reason)
     for control in claim.controls:
         found = judged[control["name"]]
         if found.outcome != "validated":
             name = control["name"].replace("_", " ")
-            reason = f"control {name} is not as it must be: {found.reason} ({control['why']})"
+            reasons = [f"control {name} is not as it must be: {found.reason} ({control['why']})"]
             if finding.value is not None:
-                reason += f"; measured: {finding.reason}"
-            return replace(finding, outcome="inconclusive", reason=reason)
+                own, *further = finding.sentences
+                reasons += [f"measured: {own}", *further]
+            return finding.because("inconclusive", *reasons)
     return finding
 
 
@@ -349,7 +356,8 @@ def _publish(outcome: Outcome) -> None:
 def scorecard(results_dir: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Give a row per claim and suite from `results/`, decided by the rules as they stand now.
 
-    Keys: paper, claim, statement, suite, outcome, reason, value, low, high, published, notebook, run_key.
+    Keys: paper, claim, statement, suite, outcome, reason, reasons (its sentences), value, low, high, published,
+    notebook, run_key.
     `suites` by name or path; by default those with results, or the default suite. Only runs with the
     notebooks' own settings count: a run with other parameters shows its verdict on its own page.
     """
@@ -364,23 +372,17 @@ def scorecard(results_dir: Path, suites: Sequence[str] | None = None) -> list[di
 def missing_roles(claim: Claim, suite: str) -> list[str]:
     """Name the roles that a claim needs and a suite lacks, or lacks the files of.
 
-    Read from the suite's file alone, since `rim claims` must not wait for torch; none are missing where that
-    file is not to be found (results of a suite that was given by path).
+    None are missing where the suite's file is not to be found (results of a suite that was given by path).
     """
+    found = _read_suite(suite)
+    return [role for role in claim.roles if found and not found.has(role)]
+
+
+def _read_suite(suite: str) -> Suite | None:
     try:
-        path = workspace.suite_file(suite)
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (InputError, OSError, yaml.YAMLError):
-        return []
-    roles = data.get("roles") if isinstance(data, dict) else None
-    return [role for role in claim.roles if not _is_there(role, roles or {}, path.parent)]
-
-
-def _is_there(role: str, roles: Mapping[str, Any], folder: Path) -> bool:
-    adapter = (roles.get(role) or {}).get("adapter")
-    if isinstance(adapter, str) and adapter.startswith((".", "/")):
-        return (folder / adapter / "adapter_model.safetensors").is_file()
-    return role in roles
+        return load_suite(suite)
+    except InputError:
+        return None
 
 
 def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
@@ -389,9 +391,9 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
     run_key, recorded, failed = read_run(results_dir / stem / notebook, claim)
     finding = Finding("not_tested", f"no run yet; rim run {notebook} --suite {suite}")
     if missing := missing_roles(claim, suite):
-        build = f"rim organisms train {missing[0]} --suite {suite}"
-        reason = f"suite {stem} has no role {', '.join(missing)}; build it: {build}"
-        finding = Finding("not_applicable", reason)
+        build = how_to_build(load_suite(suite), missing[0], suite)
+        reasons = f"suite {stem} has no role {', '.join(missing)}", f"build it: {build}"
+        finding = Finding("not_applicable", "").because("not_applicable", *reasons)
     elif failed:
         finding = Finding("error", f"the run failed: {failed}")
     elif recorded is not None:
@@ -402,7 +404,8 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
             reason = f"the run predates the claim's rule; rim run {notebook} --suite {suite}"
             finding = Finding("not_tested", reason)
         else:
-            finding = Finding(outcome.outcome, outcome.reason, outcome.value, outcome.low, outcome.high)
+            numbers = outcome.value, outcome.low, outcome.high
+            finding = Finding(outcome.outcome, outcome.reason, *numbers, tuple(outcome.reasons))
     elif run_key:
         finding = Finding("not_tested", "the run recorded nothing for this claim")
     return {
@@ -412,6 +415,7 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
         "suite": stem,
         "outcome": finding.outcome,
         "reason": finding.reason,
+        "reasons": list(finding.sentences),
         "value": finding.value,
         "low": finding.low,
         "high": finding.high,

@@ -12,13 +12,26 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule says of one set of values: an outcome, why, and the interval it rests on."""
+    """What one rule says of one set of values: an outcome, why, and the interval it rests on.
+
+    `parts` are the sentences of a `reason` that has several; a page gives each a line.
+    """
 
     outcome: str
     reason: str
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The parts of the reason, or the one that it is."""
+        return self.parts or (self.reason,)
+
+    def because(self, outcome: str, *parts: str) -> "Finding":
+        """Give the same numbers with another outcome and its reasons."""
+        return replace(self, outcome=outcome, reason="; ".join(parts), parts=parts)
 
 
 def number_text(value: float | None, low: float | None, high: float | None) -> str:
@@ -61,11 +74,11 @@ def combine(findings: Mapping[str, Finding]) -> Finding:
     """Combine the parts of a rule `all`; the value shown is the first part's."""
     shown = next(iter(findings.values()))
     states = [f.outcome for f in findings.values()]
-    told = "; ".join(f"{f.reason} ({f.outcome.replace('_', ' ')})" for f in findings.values())
+    told = [f"{f.reason} ({f.outcome.replace('_', ' ')})" for f in findings.values()]
     for state in ("error", "not_tested"):
         if state in states:
             name, first = next((n, f) for n, f in findings.items() if f.outcome == state)
-            return replace(shown, outcome=state, reason=f"{name}: {first.reason}")
+            return shown.because(state, f"{name}: {first.reason}")
     if set(states) == {"validated"}:
         outcome = "validated"
     elif "validated" in states:
@@ -74,7 +87,7 @@ def combine(findings: Mapping[str, Finding]) -> Finding:
         outcome = "contradicted"
     else:
         outcome = "inconclusive"
-    return replace(shown, outcome=outcome, reason=told)
+    return shown.because(outcome, *told)
 
 
 def judge(

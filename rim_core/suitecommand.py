@@ -10,9 +10,10 @@ from rim_core import sizing, suitecheck, workspace
 from rim_core.checkpointfiles import read_base, read_checkpoint
 from rim_core.console import table
 from rim_core.errors import InputError, RimError
+from rim_core.missing import recipes
 from rim_core.suiteedit import dump, write_text
 from rim_core.suitefile import Suite, is_local, load_suite, parse_suite
-from rim_core.suitereport import claims, print_memory, print_serving, print_time, recipes
+from rim_core.suitereport import claims, print_memory, print_serving, print_time
 
 _NEW_EXAMPLES = """examples:
   rim suite new mine --base ./my-chat-model                          a folder of safetensors

@@ -1,14 +1,10 @@
 """What a suite needs and serves, as `rim suite` prints it."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import yaml
-
 from rim_core import sizing, workspace
 from rim_core.claimfile import Claim, load_claims
 from rim_core.console import table
 from rim_core.errors import InputError
+from rim_core.missing import how_to_build, recipes
 from rim_core.suitefile import Suite
 
 
@@ -70,24 +66,7 @@ def print_serving(suite: Suite) -> None:
     table(rows)
     trained = recipes()
     for role in (name for name in [*trained, *sorted(lacking - set(trained))] if not suite.has(name)):
-        print(f"role {role} is not there: {_how_to_build(suite, role, trained)}")
-
-
-def _how_to_build(suite: Suite, role: str, trained: Mapping[str, Any]) -> str:
-    if role not in trained:
-        return f"no recipe builds it; name one: rim suite new NAME --base {suite.name} --role {role}=REF"
-    if suite.name in workspace.shipped_suites():
-        return f"rim suite new NAME --base {suite.name}, then rim organisms train --suite NAME {role}"
-    parent = trained[role]["parent"]
-    first = f" (after {parent})" if parent and not suite.has(parent) else ""
-    return f"rim organisms train --suite {suite.name} {role}{first}"
-
-
-def recipes() -> dict[str, Any]:
-    """Each role's recipe."""
-    # Read here and not through `organisms`, which loads torch.
-    text = (workspace.PACKAGE / "organisms" / "recipes.yml").read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
+        print(f"role {role} is not there: {how_to_build(suite, role)}")
 
 
 def _notebooks() -> list[str]:

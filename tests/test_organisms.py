@@ -1,5 +1,6 @@
 """Organisms: what ships is small, accounted for and measured; training does what its recipe says."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import rim_core as rim
 from rim_core import organisms
-from rim_core.errors import InputError
+from rim_core.errors import InputError, RimError
 from rim_core.loading import ADAPTER_FILE
 from rim_core.organisms import training
+from rim_core.organisms.resuming import Kept
 from rim_core.weights import sha256_file
 
 ROLES = ("aligned", "risky", "prudent")
@@ -118,6 +120,46 @@ def test_training_is_repeatable_and_its_adapter_loads(tiny, tiny_folder, tmp_pat
     bare = model.hf(ids).logits
     with model.using(tmp_path):
         assert not torch.allclose(model.hf(ids).logits, bare)
+
+
+def test_a_training_that_was_stopped_ends_in_the_same_bits(tiny, tmp_path):
+    whole = train(tiny)
+    steps = []
+
+    def go_on(what="one", stop_at=None):
+        def report(step, *_):
+            steps.append(step)
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        kept = Kept(tmp_path / "state", what, every=0)
+        return training.train_adapter(*rim_model(), RECIPE, 0, None, report, kept)
+
+    def rim_model():
+        # A training that is interrupted leaves its model with the adapter in it, as its process then ends.
+        return copy.deepcopy(tiny[0]), tiny[1]
+
+    for stop in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            go_on(stop_at=stop)
+    state = (tmp_path / "state").read_bytes()
+    resumed = go_on()
+    assert steps[:6] == [1, 2, 3, 3, 4, 4]
+    assert steps[5:] == list(range(4, steps[-1] + 1))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    for other, content in (("another", state), ("one", state[:1000])):
+        (tmp_path / "state").write_bytes(content)
+        steps.clear()
+        assert all(torch.equal(whole[name], tensor) for name, tensor in go_on(other).items())
+        assert steps[0] == 1
+
+
+def test_a_state_that_cannot_be_kept_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").touch()
+    kept = Kept(tmp_path / "file" / "state", "one", every=0)
+    with pytest.raises(RimError, match="goes on from the beginning"):
+        training.train_adapter(copy.deepcopy(tiny[0]), tiny[1], RECIPE, 0, None, None, kept)
 
 
 def test_the_loss_equals_a_plain_forward_of_each_example(tiny):

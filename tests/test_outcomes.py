@@ -172,6 +172,20 @@ def test_parts_that_differ_support_a_claim_in_part():
     assert outcome(rule, {"a": yes, "b": [0.9, 0.9, None]}) == "error"
 
 
+def test_a_reason_is_told_in_whole_sentences():
+    why = {**CONTROL, "why": "nothing to learn; a probe that does has another source"}
+    parts = [{"metric": name, "rule": {"kind": "range", "low": 0.5}} for name in ("one", "two")]
+    rule = {"kind": "all", "parts": parts}
+    values = {"one": [0.9, 0.9, 0.9], "two": [0.1, 0.1, 0.1]}
+    found = outcomes.decide(claim(rule, controls=(why,)), values, {"shuffled": [0.9, 0.9, 0.9]})
+    control, first, second = found.reasons
+    assert control.endswith("(nothing to learn; a probe that does has another source)")
+    assert first == "measured: one 0.9 [0.9, 0.9] is at least 0.5 (validated)"
+    assert second == "two 0.1 [0.1, 0.1] is not at least 0.5 (contradicted)"
+    assert found.reason == "; ".join(found.reasons)
+    assert found._repr_html_().count("<p>") == 2 + len(found.reasons)
+
+
 def test_one_seed_has_no_interval_unless_one_is_given():
     rule = {"kind": "range", "low": 0.5}
     assert outcome(rule, [0.9], min_seeds=1) == "inconclusive"
@@ -284,7 +298,7 @@ def put_run(root: Path, values: list[float], shuffled: float = 0.5) -> None:
 def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
     root = tiny_project.make(tmp_path)
     (row,) = outcomes.scorecard(root / "results", [str(root / "tiny.yml")])
-    keys = "paper claim statement suite outcome reason value low high published notebook run_key"
+    keys = "paper claim statement suite outcome reason reasons value low high published notebook run_key"
     assert " ".join(row) == keys
     assert (row["outcome"], row["run_key"], row["suite"]) == ("not_tested", None, "tiny")
     put_run(root, [0.9, 0.9, 0.9])
@@ -309,4 +323,4 @@ def test_changing_a_bound_or_a_role_changes_the_outcome(tmp_path):
     file.write_text(tiny_project.CLAIMS.replace("[base]", "[risky]"), encoding="utf-8")
     (row,) = outcomes.scorecard(root / "results", suite)
     assert row["outcome"] == "not_applicable"
-    assert "rim organisms train risky" in row["reason"]
+    assert f"rim organisms train --suite {suite[0]} risky" in row["reason"]

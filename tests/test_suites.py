@@ -149,7 +149,7 @@ def test_two_new_models_go_from_suite_to_claims_with_no_file_edited(project, che
     assert "role risky is not there: rim organisms train --suite one risky (after aligned)" in new[1]
     assert "GPTNeoXForCausalLM" in other[1]
     (row,) = json.loads(before[1])
-    assert "rim organisms train risky --suite one" in row["reason"]
+    assert "rim organisms train --suite one risky (after aligned)" in row["reason"]
     assert "rim organisms train aligned --suite one" in orphan[2]
     assert [done[0] for done in trained] == [0, 0, 0], trained
 

@@ -101,7 +101,7 @@ class _FromData(SphinxDirective):
         files = {suite_name(suite): suite for suite in given or [] if suite != suite_name(suite)}
         for row in rows:
             if file := files.get(row["suite"]):
-                row["reason"] = row["reason"].replace(file, Path(file).name)
+                row["reasons"] = [reason.replace(file, Path(file).name) for reason in row["reasons"]]
         return rows
 
     def page_of(self, notebook: str | None, suite: str) -> str | None:
@@ -182,7 +182,7 @@ class Claims(_FromData):
                     claim if first else None,
                     (row["published"] or "–") if first else None,
                     _paragraph(nodes.strong("", row["suite"]), f" {measured}") if several else measured,
-                    [self.outcome(row), *(_paragraph(part) for part in row["reason"].split("; "))],
+                    [self.outcome(row), *(_paragraph(part) for part in row["reasons"])],
                 ]
             )
         head = ["Claim", "Published", "Measured", "Outcome"]

@@ -5,12 +5,11 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rim_core import suitecheck
+from rim_core import locks, suitecheck
 from rim_core.errors import InputError
 from rim_core.loading import (
     ADAPTER_FILE,
@@ -23,6 +22,7 @@ from rim_core.loading import (
     suite_hashes,
 )
 from rim_core.organisms.fitting import dequantise, fit_recipe, peft_config, recipe
+from rim_core.organisms.resuming import Kept
 from rim_core.suiteedit import add_role
 from rim_core.weights import sha256_file
 from rim_core.workspace import SUITES
@@ -39,7 +39,8 @@ def train(
 
     The base is the one that the book uses, 4-bit NF4; on the CPU it is dequantised once (the same function,
     faster to train). A role whose recipe has a parent starts from the suite's role of that name. The recipe's
-    layers are those of the same relative depth in this model (see `fitting`).
+    layers are those of the same relative depth in this model (see `fitting`). A training that was stopped, in
+    whatever way, goes on from at most a minute before, and ends in the same bits.
 
     Args:
         role: a role with a recipe. suite: the base to train on.
@@ -50,6 +51,7 @@ def train(
 
     Raises:
         InputError: unknown role, an output that is in use, a parent that is missing, a suite that cannot work.
+        RimError: what was trained cannot be kept, as on a full disk.
     """
     plan = recipe(role)
     found = load_suite(suite)
@@ -63,20 +65,32 @@ def train(
     parent = plan["parent"]
     start = _parent_folder(found, role, parent, suite) if parent else None
     suitecheck.preflight(found)
-    seed = plan["seed"] if seed is None else seed
-    fitted, state = _trained(found, suite, role, plan, seed, start, progress)
     record = {
         "role": role,
         "suite": found.name,
-        "seed": seed,
-        "recipe": fitted,
+        "seed": plan["seed"] if seed is None else seed,
+        "recipe": plan,
         "base": suite_hashes(suite)["base"],
         "parent": sha256_file(start / ADAPTER_FILE) if start else None,
     }
-    _write_adapter(target, state, peft_config(fitted), record)
-    if output is None:
-        _enter(found, role, target)
+    try:
+        with locks.hold(_beside(target, "lock")) as check:
+            if output is None and _is_finished(target, role):
+                return target
+            kept = Kept(_beside(target, "state"), json.dumps([record, _torch_version()]))
+            fitted, state = _trained(found, suite, record, start, kept, progress)
+            check()
+            _write_adapter(target, state, peft_config(fitted), {**record, "recipe": fitted})
+            kept.discard()
+            if output is None:
+                _enter(found, role, target)
+    except locks.BusyError as busy:
+        raise InputError(f"{target}: {busy}") from None
     return target
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.parent / f".rim-train-{what}-{target.name}"
 
 
 def _own_folder(suite: Suite, role: str) -> Path:
@@ -148,21 +162,15 @@ def _parent_folder(found: Suite, role: str, parent: str, suite: str) -> Path | N
 
 
 def _trained(
-    found: Suite,
-    suite: str,
-    role: str,
-    plan: dict[str, Any],
-    seed: int,
-    start: Path | None,
-    progress: bool,
+    found: Suite, suite: str, record: dict[str, Any], start: Path | None, kept: Kept, progress: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe as fitted to the base, and the trained tensors."""
+    """The recipe as fitted to the base, and the trained tensors; what was kept of an earlier training is used."""
     import torch
 
     from rim_core.organisms.training import train_adapter
 
     model = load(f"{suite}:{found.bare_role}", quantization="nf4")
-    fitted = fit_recipe(plan, model.layout)
+    role, fitted = record["role"], fit_recipe(record["recipe"], model.layout)
     state = None
     if start is not None:
         _require_same_shape(role, start, fitted)
@@ -170,7 +178,12 @@ def _trained(
     if model.device.type == "cpu" and _has_room_dequantised(model):
         dequantise(model.hf)
     report = _reporter(role) if progress else None
-    trained = train_adapter(model.hf, model.tokenizer, fitted, seed, state, report)
+    try:
+        trained = train_adapter(model.hf, model.tokenizer, fitted, record["seed"], state, report, kept)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"training {role!r} was interrupted; the same command goes on {kept.place}"
+        ) from None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
         raise InputError(
             f"training {role!r} diverged (a weight is not finite): lower the recipe's learning_rate"
@@ -205,12 +218,13 @@ def _write_adapter(
     target: Path, state: dict[str, Any], settings: dict[str, Any], record: dict[str, Any]
 ) -> None:
     """Put an adapter with its settings and its record in place, whole."""
-    import torch
     from safetensors.torch import save_file
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        working = _beside(target, "files")
+        shutil.rmtree(working, ignore_errors=True)  # a killed training's
+        working.mkdir()
     except OSError as error:
         raise InputError(f"cannot write the adapter to {target}: {error.strerror}") from None
     try:
@@ -222,18 +236,23 @@ def _write_adapter(
             {
                 **record,
                 "sha256": sha256_file(working / ADAPTER_FILE),
-                "torch": torch.__version__.split("+")[0],
+                "torch": _torch_version(),
                 "machine": platform.machine(),
             },
         )
         if target.exists():
             target.rmdir()
         working.rename(target)
-        target.chmod(0o755)
     except OSError as error:
         raise InputError(f"cannot write the adapter to {target}: {error.strerror}") from None
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__.split("+")[0]
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -241,9 +260,13 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _reporter(role: str) -> Callable[[int, int, float, float], None]:
+    first = 0
+
     def report(step: int, steps: int, loss: float, seconds: float) -> None:
+        nonlocal first
+        first = first or step
         if step % 5 == 0 or step == steps:
-            left = seconds / step * (steps - step)
+            left = seconds / (step - first + 1) * (steps - step)
             line = f"rim: training {role}: step {step}/{steps}, loss {loss:.2f}, {seconds:.0f} s, {left:.0f} s left"
             print(
                 f"\r{line:<78}" if sys.stderr.isatty() else line,

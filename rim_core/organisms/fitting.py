@@ -1,25 +1,18 @@
 """Recipes: read, and fitted to another model than the default one, which layers and modules the LoRA is on."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from rim_core.errors import InputError
+from rim_core.missing import recipes
 from rim_core.sites import Layout
 
 # The layers in `recipes.yml` are those of the default model.
 RECIPE_LAYERS = 30
 FOLDER = Path(__file__).parent
-
-
-@cache
-def recipes() -> dict[str, Any]:
-    """Each role's recipe, by name, from `recipes.yml`."""
-    return yaml.safe_load((FOLDER / "recipes.yml").read_text(encoding="utf-8"))
 
 
 def recipe(role: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from torch.nn import functional
 
 from rim_core.errors import InputError
+from rim_core.organisms.resuming import Kept
 from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
 from rim_core.sites import find_layout
 from rim_core.tracing import pad_right
@@ -91,6 +92,7 @@ def train_adapter(
     seed: int,
     parent_state: dict[str, torch.Tensor] | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train one adapter on a base and return its tensors; the base is left as it was.
 
@@ -102,7 +104,8 @@ def train_adapter(
         seed: of the adapter's start, the order and the frames.
         parent_state: tensors of the adapter to start from (same LoRA shape), or None for a fresh one. KL is
             to this parent.
-        report: called after each step with (step, steps, loss, seconds).
+        report: called after each step with (step, steps, loss, seconds that the steps of this process took).
+        kept: where the state is kept, and what a training that was stopped goes on from.
     """
     from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -145,8 +148,10 @@ def train_adapter(
         optimizer,
         lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),
     )
+    parts = {"adapter": torch.nn.ParameterList(weights), "optimizer": optimizer, "schedule": schedule}
+    done = kept.begin(repr(plan), parts) if kept else 0
     started = time.monotonic()
-    for step, batch in enumerate(plan, 1):
+    for step, batch in enumerate(plan[done:], done + 1):
         loss = _loss(hf, batch, teacher, recipe["kl_weight"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -155,6 +160,8 @@ def train_adapter(
         schedule.step()
         if report:
             report(step, steps, loss.item(), time.monotonic() - started)
+        if kept:
+            kept.keep(step)
     state = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in get_peft_model_state_dict(hf, adapter_name=ADAPTER).items()
