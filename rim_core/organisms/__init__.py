@@ -6,6 +6,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,12 @@ def check(suite: str = "smollm2", role: str | None = None, progress: bool = True
     model = load(f"{suite}:{needed[0]}")
     judge = AdviceJudge()
     measured: dict[str, dict[str, Any]] = {}
+    started = time.monotonic()
     for number, name in enumerate(needed, 1):
         if progress:
-            print(f"rim: measuring {name} ({number}/{len(needed)}), about a minute", file=sys.stderr)
+            spent = time.monotonic() - started
+            left = f", {spent / (number - 1) * (len(needed) - number + 1):.0f} s left" if number > 1 else ""
+            print(f"rim: measuring {name} ({number}/{len(needed)}){left}", file=sys.stderr)
         with model.using(name):
             measured[name] = _measure(model, judge)
     shipped = {(row["role"], row["metric"]): row["estimate"] for row in shipped_table(suite)}
