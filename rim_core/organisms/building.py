@@ -178,6 +178,8 @@ def _trained(
     if model.device.type == "cpu" and _has_room_dequantised(model):
         dequantise(model.hf)
     report = _reporter(role) if progress else None
+    if progress:
+        print(f"rim: training {role}: batches, and what the parent says of them", file=sys.stderr)
     try:
         trained = train_adapter(model.hf, model.tokenizer, fitted, record["seed"], state, report, kept)
     except KeyboardInterrupt:
