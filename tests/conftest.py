@@ -164,3 +164,21 @@ def rim_command(project: Path, *arguments: str, **environment: str) -> str:
 def built_book(reduced_project) -> Path:
     """The path of the built book's index."""
     return Path((reduced_project.parent / "reduced-index.txt").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, one for all files: a process can have only one Playwright at a time."""
+    chromium = os.environ.get("RIM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium: install it, or name it in RIM_CHROMIUM")
+        pytest.skip("no Chromium: install it, or name it in RIM_CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        launched = play.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
+        yield launched
+        launched.close()

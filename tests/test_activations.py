@@ -1,10 +1,9 @@
 """Capture, against hooks written here and against Hugging Face's own hidden states."""
 
-import gc
-
 import pytest
 import torch
 from families import load_tiny, reference
+from plain import hooks, tensors
 from tiny import TEXTS
 
 import rim_core as rim
@@ -102,18 +101,11 @@ def test_the_cache_is_used_and_knows_the_model(tiny_folder, tmp_path, monkeypatc
 def test_no_hook_and_no_tensor_leaks(tiny_folder):
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
 
-    def hooks():
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
-
-    def tensors():
-        gc.collect()
-        return sum(isinstance(item, torch.Tensor) for item in gc.get_objects())
-
     rim.capture(model, TEXTS, SITES)
-    before = hooks(), tensors()
+    before = hooks(model), tensors()
     for _ in range(20):
         rim.capture(model, TEXTS, SITES)
-    assert hooks() == before[0]
+    assert hooks(model) == before[0]
     assert tensors() <= before[1] + 2
 
 

@@ -1,18 +1,16 @@
 """The built book in a real browser, opened from files with the network refused."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from browsing import THEMES, Visit
 
 pytestmark = pytest.mark.browser
 
-THEMES = ("light", "dark")
 FORBIDDEN = re.compile(
     r"Traceback|NotImplementedError|injected-parameters|(?<![\w.:/])/(home|root|tmp|Users|work)/\w"
 )
@@ -53,69 +51,6 @@ def pages(site: Path) -> list[Path]:
     found = [*sorted((site / "book").rglob("*.html")), site / "genindex.html", site / "search.html"]
     assert len(found) > 5
     return found
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[object]:
-    chromium = os.environ.get("RIM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        if os.environ.get("CI"):
-            pytest.fail("no Chromium: install it, or name it in RIM_CHROMIUM")
-        pytest.skip("no Chromium: install it, or name it in RIM_CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        launched = play.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        )
-        yield launched
-        launched.close()
-
-
-class Visit:
-    """A browser tab in one theme that remembers what went wrong in it."""
-
-    def __init__(self, browser, theme: str, width: int = 1280) -> None:
-        self.context = browser.new_context(color_scheme=theme, viewport={"width": width, "height": 900})
-        self.tab = self.context.new_page()
-        self.wrong: list[str] = []
-        self.tab.route(re.compile(r"^(?!file:|data:|blob:)"), self._refuse)
-        self.tab.on("pageerror", lambda error: self.wrong.append(f"{self.at}: {error}"))
-        self.tab.on("console", self._listen)
-        self.at = ""
-
-    def _refuse(self, route) -> None:
-        self.wrong.append(f"{self.at}: asked for {route.request.url}")
-        route.abort()
-
-    def _listen(self, message) -> None:
-        if message.type in ("error", "warning"):
-            self.wrong.append(f"{self.at}: {message.text}")
-
-    def open(self, path: Path) -> None:
-        self.at = path.name
-        self.tab.goto(path.as_uri())
-        self.tab.wait_for_function(
-            "() => [...document.querySelectorAll('figure.rim-chart')]"
-            ".every(figure => ['ok', 'error'].includes(figure.dataset.state))"
-        )
-
-    def unfold(self) -> None:
-        """Open what is folded; of rows of one table, and of words of code, which share a dozen colours, keep some."""
-        self.tab.evaluate(
-            "() => { document.querySelectorAll('details').forEach(details => { details.open = true }); "
-            # What opens fades in, and half-faded text has too little contrast.
-            "document.getAnimations().forEach(animation => animation.finish()); "
-            "const seen = new Set(); document.querySelectorAll('.highlight span[class]').forEach(word => "
-            "seen.has(word.className) ? word.replaceWith(...word.childNodes) : seen.add(word.className)); "
-            "document.querySelectorAll('tbody tr:nth-child(n+4)').forEach(row => row.remove()) }"
-        )
-
-    def figures(self) -> list[list[str]]:
-        return self.tab.evaluate(
-            "() => [...document.querySelectorAll('figure.rim-chart')].map(figure => [figure.dataset.state, "
-            "figure.dataset.theme, figure.querySelector('svg path') ? 'drawn' : 'empty'])"
-        )
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import tiny_project
-from test_browser import THEMES, Visit, browser
+from browsing import THEMES, Visit
 
 from rim_core import comparison, outcomes, staging
 from rim_core.errors import InputError
 from rim_core.outcomes import load_claims
 
-__all__ = ["browser"]  # the fixture that starts Chromium
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = """\
 paper: paper_a

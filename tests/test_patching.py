@@ -1,10 +1,9 @@
 """Exact patching against one plain Hugging Face forward a patched run, with hooks written here."""
 
-import gc
-
 import pytest
 import torch
 from families import CASES, MODULES, family_folder, load_tiny, reference
+from plain import hooks, tensors
 
 import rim_core as rim
 from rim_core import patching, plans, tracing
@@ -334,20 +333,16 @@ def test_a_pass_that_does_not_fit_is_halved(monkeypatch):
 def test_no_hook_and_no_tensor_is_left():
     model, w = load_tiny("llama"), rim.Projection(direction(load_tiny("llama")))
 
-    def hooks():
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
-
     def call():
         rim.patch(model, SOURCE, CLEAN, "heads", w, positions=[-2, -1])
-        gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        return tensors()
 
     call()
-    before, tensors = hooks(), call()
+    before, held = hooks(model), call()
     for _ in range(20):
         last = call()
-    assert last <= tensors
-    assert hooks() == before == 0
+    assert last <= held
+    assert hooks(model) == before == 0
     assert model.frame is None
 
 
