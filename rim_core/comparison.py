@@ -79,7 +79,7 @@ def _numbers_of(claim: Claim, suite: str, folder: Path) -> list[Number]:
         made.append(_number(claim, suite, name, _titled(claim, name, rule), rule, finding))
     for control in claim.controls:
         judged = outcome.controls[control["name"]]
-        finding = Finding(judged["outcome"], "", judged["value"], judged["low"], judged["high"])
+        finding = Finding(judged["outcome"], (), judged["value"], judged["low"], judged["high"])
         title = f"control {control['name']}"
         made.append(_number(claim, suite, control["name"], title, control.get("rule"), finding))
     return made

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rim_core import outcomes, workspace
+from rim_core.crate import CLAIMS, DESCRIPTOR
 from rim_core.errors import InputError
 
-_DESCRIPTOR, _CLAIMS = "ro-crate-metadata.json", "claims.json"
 _NUMBERS = ("value", "low", "high")
 _ALIKE = 1e-6  # numbers closer than this, relatively, are the same: they come from JSON and other processors
 
@@ -68,7 +68,7 @@ def compare(first: str, second: str) -> tuple[list[Difference], int]:
 def _read(named: str) -> list[dict[str, Any]]:
     """Read the claims of a suite, a results folder or a crate, a row for each claim and suite."""
     path = Path(named).expanduser()
-    if (path / _DESCRIPTOR).is_file():
+    if (path / DESCRIPTOR).is_file():
         return _read_crate(path)
     if path.is_dir() and not _is_run_suite(named):
         return _read_folder(path.resolve())
@@ -102,11 +102,11 @@ def _has_runs(folder: Path) -> bool:
 
 def _read_crate(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads((path / _CLAIMS).read_text(encoding="utf-8"))
+        rows = json.loads((path / CLAIMS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         rows = None
     if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-        raise InputError(f"{path}: its {_CLAIMS} holds no claims; export it again with rim export --ro-crate")
+        raise InputError(f"{path}: its {CLAIMS} holds no claims; export it again with rim export --ro-crate")
     return _some(rows, path)
 
 

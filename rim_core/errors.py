@@ -23,3 +23,8 @@ class RunError(RimError):
     """A notebook failed while it ran."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, to be told in one of the package's own."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

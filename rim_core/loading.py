@@ -17,7 +17,7 @@ from rim_core import checks as identity_checks
 from rim_core import placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
 from rim_core.checkpointfiles import read_base
-from rim_core.errors import InputError, WeightsError
+from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.suitefile import (
     ADAPTER_FILE,
     Role,
@@ -272,7 +272,7 @@ def _connect(ref: str, quantization: str | None, chosen: tuple[str, str, str | N
     try:
         tokenizer = _tokenizer(repository, {"revision": revision} if revision else {})
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the tokenizer of {repository}: {_first_line(error)}") from None
+        raise InputError(f"cannot read the tokenizer of {repository}: {first_line(error)}") from None
     distant = far.Remote(repository, revision, tokenizer)
     checks = distant.checks()
     model = Model(None, tokenizer, ref, f"NDIF {repository}@{revision}", None, distant.dtype, suite, distant)
@@ -393,7 +393,7 @@ def _load_checkpoint(
         raise InputError(f"cannot load {ref}: {' '.join(str(error).split())[:300]}") from None
     except (ValueError, KeyError, json.JSONDecodeError) as error:
         raise InputError(
-            f"{ref} is no causal language model that transformers can load: {_first_line(error)}"
+            f"{ref} is no causal language model that transformers can load: {first_line(error)}"
         ) from None
     packed = {type(module).__name__ for module in hf.modules()} & {"Linear4bit", "Linear8bitLt"}
     if quantization is not None and not packed:
@@ -419,10 +419,6 @@ def _tokenizer(folder: str, where: dict[str, str]) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -460,7 +456,7 @@ def _adapter_folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
     except (OSError, HfHubHTTPError, ValueError) as error:
-        raise InputError(f"cannot fetch adapter {source}: {_first_line(error)}") from None
+        raise InputError(f"cannot fetch adapter {source}: {first_line(error)}") from None
 
 
 def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -487,16 +483,14 @@ def _attach_adapter(hf: Any, folder: Path, name: str) -> None:
         state = read_adapter(folder)
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"the adapter_config.json in {folder} cannot be read: {_first_line(error)}"
-        ) from None
+        raise InputError(f"the adapter_config.json in {folder} cannot be read: {first_line(error)}") from None
     config.inference_mode = True
     try:
         with _quiet():
             hf.add_adapter(config, adapter_name=name)
             set_peft_model_state_dict(hf, dict(state), adapter_name=name)
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"the adapter in {folder} does not fit this base: {_first_line(error)}") from None
+        raise InputError(f"the adapter in {folder} does not fit this base: {first_line(error)}") from None
     placed = get_peft_model_state_dict(hf, adapter_name=name)
     wrong = sorted(
         key

@@ -51,12 +51,12 @@ SYMBOLS = {
 class Outcome:
     """The outcome of one claim: `value` in [`low`, `high`] is in the metric's unit, `values` are by seed.
 
-    `reasons` are the sentences of `reason`, one for each part of the rule and for a control that failed.
+    `reasons` are sentences, one for each part of the rule and for a control that failed.
     """
 
     claim_id: str
     outcome: str
-    reason: str
+    reasons: Sequence[str]
     value: float | None
     low: float | None
     high: float | None
@@ -68,8 +68,12 @@ class Outcome:
     unit: str = ""
     published: str = ""
     organism: bool = True
-    reasons: Sequence[str] = ()
     shown_in: int | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def reason(self) -> str:
+        """The reasons in one line."""
+        return "; ".join(self.reasons)
 
     @property
     def label(self) -> str:
@@ -80,7 +84,7 @@ class Outcome:
         """Give plain JSON data: what `claims.json` stores and `decide` can be run on again."""
         data = asdict(self)
         del data["shown_in"]
-        return data
+        return {**data, "reason": self.reason}
 
     def __str__(self) -> str:
         return f"{self.claim_id}: {self.label}; {self.reason}"
@@ -139,7 +143,7 @@ def decide(
     return Outcome(
         claim_id=claim.id,
         outcome=finding.outcome,
-        reason=finding.reason,
+        reasons=finding.reasons,
         value=finding.value,
         low=finding.low,
         high=finding.high,
@@ -160,7 +164,6 @@ def decide(
         unit=str(claim.metric["unit"]),
         published=claim.published_text,
         organism=claim.organism,
-        reasons=finding.sentences,
     )
 
 
@@ -168,16 +171,16 @@ def _with_controls(claim: Claim, finding: Finding, judged: Mapping[str, Finding]
     """Let the controls overrule a finding: an error or too few seeds first, then a control that fails."""
     for state in ("error", "not_tested"):
         if first := next((f for f in (finding, *judged.values()) if f.outcome == state), None):
-            return finding.because(state, first.reason)
+            return replace(finding, outcome=state, reasons=first.reasons)
     for control in claim.controls:
         found = judged[control["name"]]
         if found.outcome != "validated":
             name = control["name"].replace("_", " ")
             reasons = [f"control {name} is not as it must be: {found.reason} ({control['why']})"]
             if finding.value is not None:
-                own, *further = finding.sentences
+                own, *further = finding.reasons
                 reasons += [f"measured: {own}", *further]
-            return finding.because("inconclusive", *reasons)
+            return replace(finding, outcome="inconclusive", reasons=tuple(reasons))
     return finding
 
 
@@ -389,25 +392,25 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
     stem = workspace.suite_name(suite)
     notebook = str(claim.metric["notebook"])
     run_key, recorded, failed = read_run(results_dir / stem / notebook, claim)
-    finding = Finding("not_tested", f"no run yet; rim run {notebook} --suite {suite}")
+    finding = Finding("not_tested", (f"no run yet; rim run {notebook} --suite {suite}",))
     if missing := missing_roles(claim, suite):
         build = how_to_build(load_suite(suite), missing[0], suite)
         reasons = f"suite {stem} has no role {', '.join(missing)}", f"build it: {build}"
-        finding = Finding("not_applicable", "").because("not_applicable", *reasons)
+        finding = Finding("not_applicable", reasons)
     elif failed:
-        finding = Finding("error", f"the run failed: {failed}")
+        finding = Finding("error", (f"the run failed: {failed}",))
     elif recorded is not None:
         try:
             controls = {name: control["values"] for name, control in recorded["controls"].items()}
             outcome = decide(claim, recorded["values"], controls, recorded.get("interval"))
         except (InputError, KeyError, TypeError, AttributeError):
             reason = f"the run predates the claim's rule; rim run {notebook} --suite {suite}"
-            finding = Finding("not_tested", reason)
+            finding = Finding("not_tested", (reason,))
         else:
             numbers = outcome.value, outcome.low, outcome.high
-            finding = Finding(outcome.outcome, outcome.reason, *numbers, tuple(outcome.reasons))
+            finding = Finding(outcome.outcome, tuple(outcome.reasons), *numbers)
     elif run_key:
-        finding = Finding("not_tested", "the run recorded nothing for this claim")
+        finding = Finding("not_tested", ("the run recorded nothing for this claim",))
     return {
         "paper": claim.paper,
         "claim": claim.id,
@@ -415,7 +418,7 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
         "suite": stem,
         "outcome": finding.outcome,
         "reason": finding.reason,
-        "reasons": list(finding.sentences),
+        "reasons": list(finding.reasons),
         "value": finding.value,
         "low": finding.low,
         "high": finding.high,

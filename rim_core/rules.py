@@ -14,24 +14,19 @@ Bounds = tuple[float, float]
 class Finding:
     """What one rule says of one set of values: an outcome, why, and the interval it rests on.
 
-    `parts` are the sentences of a `reason` that has several; a page gives each a line.
+    `reasons` are sentences; a page gives each a line.
     """
 
     outcome: str
-    reason: str
+    reasons: tuple[str, ...]
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    parts: tuple[str, ...] = ()
 
     @property
-    def sentences(self) -> tuple[str, ...]:
-        """The parts of the reason, or the one that it is."""
-        return self.parts or (self.reason,)
-
-    def because(self, outcome: str, *parts: str) -> "Finding":
-        """Give the same numbers with another outcome and its reasons."""
-        return replace(self, outcome=outcome, reason="; ".join(parts), parts=parts)
+    def reason(self) -> str:
+        """The reasons in one line."""
+        return "; ".join(self.reasons)
 
 
 def number_text(value: float | None, low: float | None, high: float | None) -> str:
@@ -74,11 +69,11 @@ def combine(findings: Mapping[str, Finding]) -> Finding:
     """Combine the parts of a rule `all`; the value shown is the first part's."""
     shown = next(iter(findings.values()))
     states = [f.outcome for f in findings.values()]
-    told = [f"{f.reason} ({f.outcome.replace('_', ' ')})" for f in findings.values()]
+    told = tuple(f"{f.reason} ({f.outcome.replace('_', ' ')})" for f in findings.values())
     for state in ("error", "not_tested"):
         if state in states:
             name, first = next((n, f) for n, f in findings.items() if f.outcome == state)
-            return shown.because(state, f"{name}: {first.reason}")
+            return replace(shown, outcome=state, reasons=(f"{name}: {first.reason}",))
     if set(states) == {"validated"}:
         outcome = "validated"
     elif "validated" in states:
@@ -87,7 +82,7 @@ def combine(findings: Mapping[str, Finding]) -> Finding:
         outcome = "contradicted"
     else:
         outcome = "inconclusive"
-    return shown.because(outcome, *told)
+    return replace(shown, outcome=outcome, reasons=told)
 
 
 def judge(
@@ -108,28 +103,30 @@ def judge(
     numbers = {key: [finite(v) for v in row] for key, row in series.items()}
     for key, row in numbers.items():
         if any(v is None for v in row):
-            return Finding("error", f"{key} has a value that is not a finite number")
+            return Finding("error", (f"{key} has a value that is not a finite number",))
     clean: dict[str, list[float]] = {key: [v for v in row if v is not None] for key, row in numbers.items()}
     for key, seeds in clean.items():
         if bounds and any(not bounds[0] <= v <= bounds[1] for v in seeds):
-            return Finding("error", f"{key} has a value outside its range [{bounds[0]:g}, {bounds[1]:g}]")
+            return Finding("error", (f"{key} has a value outside its range [{bounds[0]:g}, {bounds[1]:g}]",))
         if len(seeds) < min_seeds:
             value = math.fsum(seeds) / len(seeds) if seeds else None
-            return Finding("not_tested", f"{key} has {len(seeds)} seed(s) of the {min_seeds} needed", value)
+            return Finding(
+                "not_tested", (f"{key} has {len(seeds)} seed(s) of the {min_seeds} needed",), value
+            )
     if rule and rule["kind"] == "order":
         return _judge_order(rule, clean)
     mine = clean[name]
     if rule and rule["kind"] == "better_than_control":
         other = [finite(v) for v in (controls or {})[rule["control"]]]
         if any(v is None for v in other):
-            return Finding("error", f"control {rule['control']} has a value that is not a finite number")
+            return Finding("error", (f"control {rule['control']} has a value that is not a finite number",))
         gaps = [a - b for a, b in zip(mine, other, strict=True) if b is not None]
         what = f"{name} over {rule['control']}"
         return _compare(what, gaps, t_interval_over_seeds(gaps), *_margin(rule))
     found = (float(interval[0]), float(interval[1])) if interval else t_interval_over_seeds(mine, bounds)
     if rule is None:
         value = math.fsum(mine) / len(mine)
-        return Finding("validated", "for comparison", value, *(found or (None, None)))
+        return Finding("validated", ("for comparison",), value, *(found or (None, None)))
     return _compare(name, mine, found, *_inside(rule))
 
 
@@ -173,7 +170,7 @@ def _compare(
 ) -> Finding:
     value = math.fsum(row) / len(row)
     if found is None:
-        return Finding("inconclusive", f"{name} has one seed, so no interval", value)
+        return Finding("inconclusive", (f"{name} has one seed, so no interval",), value)
     at_least, at_most = found
     if strict:
         inside, outside = low < at_least and at_most < high, at_most <= low or at_least >= high
@@ -182,11 +179,11 @@ def _compare(
     allowed = _range_text(low, high, strict)
     interval = f"{name.replace('_', ' ')} {number_text(value, at_least, at_most)}"
     if inside:
-        return Finding("validated", f"{interval} is {allowed}", value, at_least, at_most)
+        return Finding("validated", (f"{interval} is {allowed}",), value, at_least, at_most)
     if outside:
-        return Finding("contradicted", f"{interval} is not {allowed}", value, at_least, at_most)
+        return Finding("contradicted", (f"{interval} is not {allowed}",), value, at_least, at_most)
     reason = f"the interval of {interval} straddles the rule: {allowed}"
-    return Finding("inconclusive", reason, value, at_least, at_most)
+    return Finding("inconclusive", (reason,), value, at_least, at_most)
 
 
 def _range_text(low: float, high: float, strict: bool) -> str:

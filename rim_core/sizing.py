@@ -15,7 +15,7 @@ _PACKED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 _ROOM_SHARE, _ROOM_LIMIT = 0.25, 2e9
 # Paper C's experiments 3 and 4: its pairs, a prompt's tokens, and what one 24 GB card is taken to sustain.
 PAIRS, TOKENS, TERAFLOPS = 2500, 100, 40.0
-# A notebook at its default size takes at most this on 2 CPU cores, in a model with so many packed weights.
+# A notebook at its default size takes up to about this on 2 CPU cores, in a model with so many packed weights.
 NOTEBOOK_SECONDS, NOTEBOOK_WEIGHTS = 90, 106e6
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rim_core.checkpointfiles import Checkpoint
 from rim_core.checks import Check
-from rim_core.errors import InputError, RimError
+from rim_core.errors import InputError, RimError, first_line
 from rim_core.loading import load
 from rim_core.prompts import format_chat
 from rim_core.sites import find_layout
@@ -48,13 +48,13 @@ def try_architecture(checkpoint: Checkpoint) -> Shape:
             hf: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each family's code fails in its own way
         raise InputError(
-            f"{checkpoint.ref} is no causal language model that transformers can build: {_first_line(error)}"
+            f"{checkpoint.ref} is no causal language model that transformers can build: {first_line(error)}"
         ) from None
     layout = find_layout(hf)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
-        raise InputError(f"the tokenizer of {checkpoint.ref} cannot be read: {_first_line(error)}") from None
+        raise InputError(f"the tokenizer of {checkpoint.ref} cannot be read: {first_line(error)}") from None
     if not tokenizer(format_chat(tokenizer, ["Hello"])[0]).input_ids:
         raise InputError(f"the tokenizer of {checkpoint.ref} makes no tokens of a chat: check its files")
     if len(tokenizer) > layout.d_vocab:
@@ -71,10 +71,6 @@ def try_architecture(checkpoint: Checkpoint) -> Shape:
         layout.d_vocab,
         len(tokenizer),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def try_loading(suite: Suite, ref: str, quantization: str) -> Mapping[str, Check]:
