@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "loading": "load Model",
+        "loading": "load roles Model",
         "suitefile": "load_suite Suite",
         "prompts": "load_prompts Prompt format_chat",
         "tracing": "find_span",

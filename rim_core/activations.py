@@ -1,6 +1,5 @@
 """Reading activations: batched, left-padded, bounded in memory, streamed to safetensors when asked."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rim_core.errors import InputError
+from rim_core.identity import digest, libraries, science
 from rim_core.loading import Model
 from rim_core.sites import SITES, reading
 from rim_core.tracing import encode, pad_left, pad_right, run_batches, shared_beginning, token_budget
@@ -152,10 +152,9 @@ def _positions(positions: str | int | Sequence[int], ids: list[list[int]]) -> li
 
 
 def _key(model: Model, ids: list[list[int]], sites: tuple[str, ...], positions: Any) -> str:
-    versions = [torch.__version__, str(torch.backends.cpu.get_cpu_capability())]
-    versions.append("NDIF" if model.remote else str(model.device))
-    content = json.dumps([model.identity, versions, ids, sites, positions])
-    return hashlib.sha256(content.encode()).hexdigest()
+    place = "NDIF" if model.remote else str(model.device)
+    machine = [place, str(torch.backends.cpu.get_cpu_capability())]
+    return digest([model.identity, science(), dict(libraries()), machine, ids, sites, positions])
 
 
 def _mask(ids: list[list[int]]) -> Tensor:

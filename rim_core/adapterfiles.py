@@ -1,39 +1,77 @@
-"""What an adapter is and whether it fits a base, from its settings and its weights' header alone."""
+"""What an adapter is and whether it can be had exactly, from its settings and its weights' header alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rim_core.checkpointfiles import Shapes, hub_error, read_json, read_shapes
+from rim_core.checkpointfiles import hub_error, read_json, read_shapes
 from rim_core.errors import InputError, WeightsError
-from rim_core.suitefile import ADAPTER_FILE, Role, is_local
-from rim_core.weights import sha256_file
+from rim_core.identity import ADAPTER_FILE, file_hash
+from rim_core.suitefile import Role, is_local
 
+SETTINGS_FILE = "adapter_config.json"
 # What others append to a checkpoint's name when they mirror it.
 _MIRRORED = ("-unsloth-bnb-4bit", "-bnb-4bit")
+
+# Settings under which an adapter acts inside the modules that it wraps, and nowhere else.
+_COMMON = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+    *("peft_version", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern", "init_weights"),
+}
+_LORA = {
+    *("r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"),
+    *("rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters", "ensure_weight_tying"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core", "qalora_group_size"),
+    "runtime_config",
+}
+_LYCORIS = {
+    "r",
+    "alpha",
+    "rank_dropout",
+    "module_dropout",
+    "use_effective_conv2d",
+    "rank_pattern",
+    "alpha_pattern",
+}
+_KNOWN: Mapping[str, set[str]] = {
+    "LORA": _LORA,
+    "ADALORA": _LORA
+    | {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
+    "IA3": {"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"},
+    "LOHA": _LYCORIS,
+    "LOKR": _LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
+    "LN_TUNING": set(),
+    "TRAINABLE_TOKENS": {"token_indices"},
+}
+# These give an adapter its start without touching the base; others rewrite the base's weights.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_UNSET: tuple[Any, ...] = (None, False, "none", [], {}, 0)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's small files say: its settings and its tensors' shapes, by module path."""
+    """What an adapter's small files say: its settings and its folder."""
 
     ref: str
     settings: Mapping[str, Any]
-    shapes: Shapes
     folder: Path
 
 
-def read_adapter_header(ref: str, online: bool = True) -> Adapter | None:
-    """Look at an adapter in a folder or on the hub; None for the hub's, not cached here, with `online` False.
+def adapter_folder(ref: str, online: bool = True) -> Path | None:
+    """The folder of an adapter, from a path or the hub; None for the hub's, not cached here, with `online` False.
 
     Raises:
-        InputError: nothing there, or no LoRA adapter in safetensors. WeightsError: damaged.
+        InputError: nothing there, or no adapter in safetensors.
     """
     if is_local(ref):
-        folder = Path(ref)
+        folder = Path(ref).expanduser()
         if not folder.is_dir():
-            raise InputError(f"no adapter at {ref}: check the path, or train it (rim organisms train)")
+            raise InputError(
+                f"no adapter at {ref}: check the path, or train it with `rim organisms train {folder.name} "
+                f"--output {ref}`"
+            )
     elif ref.count("/") != 1:
         raise InputError(f"no adapter at {ref}: give a folder that is there, or a hub id owner/name")
     else:
@@ -41,18 +79,15 @@ def read_adapter_header(ref: str, online: bool = True) -> Adapter | None:
         if found is None or not (online or (found / ADAPTER_FILE).is_file()):
             return None
         folder = found
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{ref} is no adapter: it has no adapter_config.json")
-    settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type", "LORA") != "LORA":
-        raise InputError(f"{ref} is an adapter of type {settings['peft_type']}: only LoRA is supported")
+    if not (folder / SETTINGS_FILE).is_file():
+        raise InputError(f"{ref} is no adapter: it has no {SETTINGS_FILE}")
     if not (folder / ADAPTER_FILE).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         problem = (
             "its weights are pickled (adapter_model.bin), which are not read" if pickled else "no weights"
         )
         raise InputError(f"{ref} has no {ADAPTER_FILE}: {problem}; convert or train it again")
-    return Adapter(ref, settings, read_shapes(folder / ADAPTER_FILE), folder)
+    return folder
 
 
 def _hub_adapter(repository: str, online: bool) -> Path | None:
@@ -60,7 +95,7 @@ def _hub_adapter(repository: str, online: bool) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["adapter_config.json", ADAPTER_FILE]
+        patterns = [SETTINGS_FILE, ADAPTER_FILE]
         return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not online))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         if not online:
@@ -68,51 +103,51 @@ def _hub_adapter(repository: str, online: bool) -> Path | None:
         raise hub_error(repository, error) from None
 
 
-def misfit(adapter: Adapter, base: Shapes) -> str:
-    """Say what of an adapter has no place in a base with tensors of these shapes; nothing where all has.
+def read_adapter_header(ref: str, online: bool = True) -> Adapter | None:
+    """Look at an adapter in a folder or on the hub; None for the hub's, not cached here, with `online` False.
 
-    Only what is certain counts: checkpoints name some modules otherwise than the model does.
+    Raises:
+        InputError: nothing there, or settings that cannot be had exactly. WeightsError: damaged.
     """
-    for name, shape in adapter.shapes.items():
-        module, side = _module_of(name)
-        if side is None:
-            continue
-        wanted = list(_shapes_of(module, base))
-        if not wanted:
-            leaf = module.rsplit(".", 1)[-1]
-            if base and not any(key.endswith(f".{leaf}.weight") for key in base):
-                return f"the base has no module {leaf}"
-            if base and (number := _layer_of(module)) is not None and number >= _layers_in(base):
-                return f"the base has no layer {number}"
-            continue
-        # `A` takes the module's input, `B` gives its output; GPT-2 keeps its weights transposed.
-        length = shape[1] if side == "A" else shape[0]
-        if len(shape) == 2 and not any(length in (found[-1], found[0]) for found in wanted):
-            return f"{module} is {'x'.join(map(str, wanted[0]))} in the base, and the adapter is for {length}"
-    return ""
+    folder = adapter_folder(ref, online)
+    if folder is None:
+        return None
+    read_shapes(folder / ADAPTER_FILE)
+    return Adapter(ref, read_adapter_settings(folder), folder)
 
 
-def _module_of(name: str) -> tuple[str, str | None]:
-    for side in ("A", "B"):
-        marker = f".lora_{side}."
-        if marker in name:
-            return name.partition(marker)[0].removeprefix("base_model.model."), side
-    return name, None
+def read_adapter_settings(folder: Path) -> dict[str, Any]:
+    """An adapter's settings.
+
+    Raises:
+        InputError: not readable, or a setting under which the adapter changes the base or acts outside its modules.
+    """
+    settings = read_json(folder / SETTINGS_FILE)
+    kind = settings.get("peft_type", "LORA")
+    if kind not in _KNOWN:
+        raise InputError(
+            f"the adapter in {folder} is of type {kind} (peft_type): {', '.join(_KNOWN)} can be switched on and off "
+            "exactly; merge it into a copy of the base, and load that"
+        )
+    start = settings.get("init_lora_weights")
+    if start not in _STARTS:
+        raise InputError(
+            f"the adapter in {folder} has init_lora_weights={start!r}, which changes the base's own weights: save it "
+            "again with path_initial_model_for_weight_conversion, or merge it into a copy of the base"
+        )
+    known = _COMMON | _KNOWN[kind] | {"init_lora_weights"}
+    for name, value in settings.items():
+        if name not in known and value not in _UNSET:
+            raise InputError(
+                f"the adapter in {folder} has {name}={_short(value)}, which changes the base or acts outside its "
+                "layers' modules: merge it into a copy of the base, and load that"
+            )
+    return settings
 
 
-def _shapes_of(module: str, base: Shapes) -> Iterator[tuple[int, ...]]:
-    wanted = f"{module}.weight"
-    for name, shape in base.items():
-        if name == wanted or name.endswith(f".{wanted}") or wanted.endswith(f".{name}"):
-            yield shape
-
-
-def _layer_of(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _layers_in(shapes: Shapes) -> int:
-    return 1 + max((number for name in shapes if (number := _layer_of(name)) is not None), default=-1)
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def check_hash(role: Role, adapter: Adapter) -> None:
@@ -127,7 +162,7 @@ def check_hash(role: Role, adapter: Adapter) -> None:
         recorded = read_json(recipe).get("sha256")
     if recorded is None:
         return
-    found = sha256_file(adapter.folder / ADAPTER_FILE)
+    found = file_hash(adapter.folder / ADAPTER_FILE)
     if found != recorded:
         raise WeightsError(
             f"role {role.name!r}: {adapter.ref} is not the recorded adapter (sha256 {found[:12]}..., recorded "

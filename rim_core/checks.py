@@ -94,6 +94,14 @@ def measure(
     return {name: Check(name, error, tolerance) for name, error in errors.items()}
 
 
+@torch.no_grad()
+def probe(hf: Any, tokenizer: Any) -> Tensor:
+    """Logits `[2, width, vocab]` on two short texts, by which models are told apart."""
+    device = hf.get_input_embeddings().weight.device
+    inputs = pad_left(encode(tokenizer, PROBE_TEXTS), tokenizer.pad_token_id or 0, device)
+    return hf(**inputs, use_cache=False).logits
+
+
 def require(checks: Mapping[str, Check], name: str, tool: str, identities: tuple[str, ...]) -> None:
     """Refuse to go on unless the identities hold.
 

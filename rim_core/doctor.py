@@ -103,7 +103,7 @@ def _accelerator() -> list[Check]:
 
 def _weights() -> list[Check]:
     try:
-        from rim_core.loading import load_suite
+        from rim_core.suitefile import load_suite
         from rim_core.weights import is_cached
 
         suite = load_suite(workspace.DEFAULT_SUITE)

@@ -134,14 +134,51 @@ class _Tracker:
         self.frame = Frame(keys[cached:].expand(batch, -1), keys.expand(batch, -1))
 
 
+class _Hooks:
+    """The hooks of some edits, which can be taken off the model's modules and put on those that it has by then."""
+
+    def __init__(self, model: Model, edits: Sequence[Edit | MaskEdit]) -> None:
+        self.model, self.edits = model, edits
+        self._tracker = _Tracker()
+        self._handles: list[Any] = []
+
+    def _frame(self) -> Frame:
+        found = self.model.frame or self._tracker.frame
+        assert found is not None, "a layer ran outside the model's body"
+        return found
+
+    def put(self) -> None:
+        layout = self.model.layout
+        inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out}
+        outputs = {"resid_post": layout.layers, "attn_out": layout.attention, "mlp_out": layout.mlp}
+        handles = self._handles
+        handles.append(layout.body.register_forward_pre_hook(self._tracker, with_kwargs=True))
+        for edit in self.edits:
+            if isinstance(edit, MaskEdit):
+                hook = _mask_hook(edit, self._frame)
+                handles.append(layout.attention[edit.layer].register_forward_pre_hook(hook, with_kwargs=True))
+            elif edit.site == "mlp_neurons" or edit.site in inputs:
+                neurons = edit.site == "mlp_neurons"
+                module = layout.down_projection(edit.layer) if neurons else inputs[edit.site][edit.layer]
+                hook = _input_hook(edit, self._frame)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                module = outputs[edit.site][edit.layer]
+                handles.append(module.register_forward_hook(_output_hook(edit, self._frame)))
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
 @contextlib.contextmanager
 def editing(model: Model, edits: Sequence[Edit | MaskEdit]) -> Iterator[Model]:
-    """Within the context the edits hold; contexts nest, the inner one's edits come after the outer one's.
+    """Within the context the edits hold, with whatever adapter is active; contexts nest, the inner one's edits come
+    after the outer one's.
 
     Raises:
         InputError: an unknown site, or a layer that the model does not have.
     """
-    layout, tracker = model.layout, _Tracker()
     for edit in edits:
         if isinstance(edit, Edit) and edit.site not in SITES:
             raise InputError(f"unknown site {edit.site!r}: choose from {', '.join(SITES)}")
@@ -154,35 +191,18 @@ def editing(model: Model, edits: Sequence[Edit | MaskEdit]) -> Iterator[Model]:
             raise InputError(
                 f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'"
             )
-    inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out}
-    outputs = {"resid_post": layout.layers, "attn_out": layout.attention, "mlp_out": layout.mlp}
-
-    def frame() -> Frame:
-        found = model.frame or tracker.frame
-        assert found is not None, "a layer ran outside the model's body"
-        return found
-
-    handles = [layout.body.register_forward_pre_hook(tracker, with_kwargs=True)]
+    hooks = _Hooks(model, edits)
     try:
-        for edit in edits:
-            if isinstance(edit, MaskEdit):
-                hook = _mask_hook(edit, frame)
-                handles.append(layout.attention[edit.layer].register_forward_pre_hook(hook, with_kwargs=True))
-            elif edit.site == "mlp_neurons" or edit.site in inputs:
-                neurons = edit.site == "mlp_neurons"
-                module = layout.down_projection(edit.layer) if neurons else inputs[edit.site][edit.layer]
-                handles.append(module.register_forward_pre_hook(_input_hook(edit, frame), with_kwargs=True))
-            else:
-                module = outputs[edit.site][edit.layer]
-                handles.append(module.register_forward_hook(_output_hook(edit, frame)))
+        hooks.put()
+        model.hooks.append(hooks)
         model.edits.extend(edits)
         try:
             yield model
         finally:
             del model.edits[len(model.edits) - len(edits) :]
+            model.hooks.remove(hooks)
     finally:
-        for handle in handles:
-            handle.remove()
+        hooks.remove()
 
 
 def _edited(edit: Edit, values: Tensor, frame: Frame) -> Tensor:

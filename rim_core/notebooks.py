@@ -249,3 +249,12 @@ def _scalar(value: Any, word: str) -> Any:
     if not isinstance(value, (int, float, str)) or not math.isfinite(float(value)):
         raise ValueError
     return float(value)
+
+
+def files_of(parameters: Mapping[str, Any]) -> dict[str, Path]:
+    """The parameters that name files, by name."""
+    return {
+        name: Path(value)
+        for name, value in parameters.items()
+        if isinstance(value, str) and name.endswith("_file") and Path(value).is_file()
+    }

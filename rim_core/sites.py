@@ -59,6 +59,8 @@ class Layout:
     def d_vocab(self) -> int:
         """Logits that the language-model head gives: at least as many as the tokenizer has tokens."""
         head: Any = self.lm_head
+        while not hasattr(head, "out_features"):  # PEFT's wrapper of some tokens' rows does not say
+            head = head.original_module
         return int(head.out_features)
 
     def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:

@@ -6,7 +6,7 @@ What is found wrong is raised, one line that names the suite, the role and the r
 from collections.abc import Sequence
 
 from rim_core import sizing
-from rim_core.adapterfiles import check_hash, made_for_another, misfit, read_adapter_header
+from rim_core.adapterfiles import check_hash, made_for_another, read_adapter_header
 from rim_core.checkpointfiles import Checkpoint, read_base, read_checkpoint
 from rim_core.errors import InputError, RimError
 from rim_core.sizing import Size
@@ -33,7 +33,7 @@ def check_files(suite: Suite, online: bool = True, roles: Sequence[str] | None =
             if roles is not None and role.name not in roles:
                 continue
             if role.adapter and (online or suite.has(role.name)):
-                check_adapter(suite, role, base, online)
+                check_adapter(suite, role, online)
             elif role.checkpoint:
                 found = read_checkpoint(role.checkpoint, online=online)
                 if found is not None:
@@ -53,11 +53,12 @@ def _require_template(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_adapter(suite: Suite, role: Role, base: Checkpoint | None, online: bool) -> None:
-    """Check a role's adapter against what is recorded of it and, where that is known, against the base.
+def check_adapter(suite: Suite, role: Role, online: bool) -> None:
+    """Check a role's adapter against what is recorded of it; whether it fits is seen when it is attached.
 
     Raises:
-        InputError: no adapter, or for another base. WeightsError: damaged, or not the recorded one.
+        InputError: no adapter, one that names another base, or one that cannot be had exactly. WeightsError: damaged,
+            or not the recorded one.
     """
     assert role.adapter is not None
     adapter = read_adapter_header(role.adapter, online)
@@ -69,8 +70,6 @@ def check_adapter(suite: Suite, role: Role, base: Checkpoint | None, online: boo
             f"role {role.name!r}: {role.adapter} was made for {other}, and the base is {suite.base['hub']}: "
             "choose the adapter of this base, or that base"
         )
-    if base is not None and (problem := misfit(adapter, base.shapes)):
-        raise InputError(f"role {role.name!r}: {role.adapter} is for another base: {problem}")
 
 
 def size_of(suite: Suite, base: Checkpoint | None) -> Size | None:

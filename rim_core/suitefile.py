@@ -17,7 +17,6 @@ gated:                    # what its makers must grant first, and what to use in
 Nothing here loads torch: what only lists suites must not wait for it.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,9 +27,9 @@ import yaml
 
 from rim_core import weights
 from rim_core.errors import InputError
+from rim_core.identity import ADAPTER_FILE, adapter_identity, checkpoint_identity, hub_identity
 from rim_core.workspace import did_you_mean, suite_file
 
-ADAPTER_FILE = "adapter_model.safetensors"
 # Weights of the layers' linear maps, which quantisation packs, all other weights, and the shape.
 SIZE_KEYS = {"linear", "other", "layers", "heads"}
 _SOURCES = {"wheel": {"wheel"}, "hub": {"hub", "revision", "size"}, "folder": {"folder"}}
@@ -252,35 +251,28 @@ def _named(given: Mapping[Any, Any], roles: Mapping[str, Role], name: str) -> st
 
 
 def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
-    """What identifies each model of a suite: pinned hashes and revisions, and the hashes of local adapter files."""
+    """What identifies each model of a suite, by content: of the hub's, the commit that this machine's cache holds."""
     suite = load_suite(name_or_path)
     found = {"base": base_identity(suite.base)}
     for role in suite.roles.values():
         if role.checkpoint:
             folder = Path(role.checkpoint)
-            found[role.name] = folder_identity(folder) if folder.is_dir() else role.checkpoint
+            local = folder.is_dir()
+            found[role.name] = checkpoint_identity(folder) if local else hub_identity(role.checkpoint, None)
         elif role.adapter:
-            path = Path(role.adapter) / ADAPTER_FILE
-            found[role.name] = weights.sha256_file(path) if path.is_file() else role.adapter
+            folder = Path(role.adapter)
+            here = (folder / ADAPTER_FILE).is_file()
+            found[role.name] = adapter_identity(folder) if here else hub_identity(role.adapter, None)
+        else:
+            found[role.name] = found["base"]
     return found
 
 
 def base_identity(base: Mapping[str, Any]) -> str:
-    """What identifies a base: a pinned hash, a hub id with its revision, or the state of a folder."""
+    """What identifies a base: a pinned hash, a hub id with its commit, or the content of a folder."""
     if "wheel" in base:
         return str(base["wheel"]["gguf_sha256"])
     if "hub" in base:
-        return f"{base['hub']}@{base.get('revision', 'main')}"
-    return folder_identity(Path(base["folder"]))
-
-
-def folder_identity(folder: Path) -> str:
-    """Hash of a folder's config and of its weight files' names, sizes and times: cheap, and new after any change."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".jinja"):
-            digest.update(path.read_bytes())
-        elif path.suffix == ".safetensors":
-            stat = path.stat()
-            digest.update(f"{path.name}{stat.st_size}{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
+        return hub_identity(base["hub"], base.get("revision"))
+    folder = Path(base["folder"])
+    return checkpoint_identity(folder) if folder.is_dir() else f"no folder {folder}"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError, WeightsError
-from rim_core.loading import suite_hashes
+from rim_core.suitefile import suite_hashes
 from rim_core.workspace import SUITES
 
 
@@ -91,7 +91,7 @@ def test_identity_tells_functions_apart(tiny_folder, adapter):
 
 
 def test_default_model_equals_plain_transformers_with_the_same_adapter(default_model):
-    from rim_core.loading import load_suite
+    from rim_core.suitefile import load_suite
     from rim_core.weights import fetch
 
     suite = load_suite("smollm2")

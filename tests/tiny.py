@@ -46,9 +46,12 @@ def tokenizer(
     return made
 
 
-def write_model(folder: Path, family: str = "llama", template: bool = True, seed: int = 0) -> Path:
+def write_model(
+    folder: Path, family: str = "llama", template: bool = True, seed: int = 0, tied: bool | None = None
+) -> Path:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    ties = {} if tied is None else {"tie_word_embeddings": tied}
+    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], **ties)
     config.eos_token_id = config.pad_token_id = 2
     config.bos_token_id = 1
     model = AutoModelForCausalLM.from_config(config)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rim_core.loading import ADAPTER_FILE, Model, load, load_suite
+from rim_core.identity import ADAPTER_FILE
+from rim_core.loading import Model, load, load_suite
 from rim_core.organisms.building import train
 from rim_core.organisms.fitting import FOLDER, dequantise, peft_config, recipe, recipes
 from rim_core.stats import Interval, proportion

@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rim_core import locks, suitecheck
+from rim_core.adapters import ADAPTER_PREFIX, read_adapter
 from rim_core.errors import InputError
-from rim_core.loading import (
-    ADAPTER_FILE,
-    ADAPTER_PREFIX,
-    Model,
-    Suite,
-    load,
-    load_suite,
-    read_adapter,
-    suite_hashes,
-)
+from rim_core.identity import ADAPTER_FILE
+from rim_core.loading import Model, load
 from rim_core.organisms.fitting import dequantise, fit_recipe, peft_config, recipe
 from rim_core.organisms.resuming import Kept
 from rim_core.suiteedit import add_role
+from rim_core.suitefile import Suite, load_suite, suite_hashes
 from rim_core.weights import sha256_file
 from rim_core.workspace import SUITES
 
