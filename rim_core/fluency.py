@@ -22,7 +22,8 @@ def perplexity(model: Model, texts: Sequence[str], answers: Sequence[str]) -> Te
     Low is fluent. An answer without a token has none (NaN).
 
     Args:
-        model: a loaded model; whichever adapter is active, the base judges.
+        model: a loaded model; whichever adapter is active, the base judges (of a role that is a checkpoint of its own,
+            that checkpoint, which finds its own answers likelier than another would).
         texts: the prompts that were answered, in the chat template. answers: as `generate` gives them.
 
     Raises:
@@ -36,7 +37,7 @@ def perplexity(model: Model, texts: Sequence[str], answers: Sequence[str]) -> Te
     result = torch.full((len(answers),), float("nan"))
     said = [row for row, answer in enumerate(answers) if answer]
     if said:
-        with model.using(None):
+        with model.bare():
             found = log_likelihood(model, [texts[row] for row in said], [answers[row] for row in said])
         result[said] = torch.from_numpy(-found.per_token).exp().float()
     return result
@@ -85,7 +86,8 @@ def coherence(
     set the bound by a high quantile of the `perplexity` of answers known to be good.
 
     Args:
-        model: a loaded model; whichever adapter is active, the base judges.
+        model: a loaded model; whichever adapter is active, the base judges (of a role that is a checkpoint of its own,
+            that checkpoint, which finds its own answers likelier than another would).
         texts: the prompts that were answered, in the chat template. answers: as `generate` gives them.
         max_perplexity: an answer above it is incoherent, and so is one without a token.
         max_repetition: an answer whose `repetition` is above it is incoherent.

@@ -93,17 +93,19 @@ class Model:
         """The Hugging Face model; raises InputError where its weights are not here."""
         if self.remote:
             raise far.refusal("this tool")
-        if self._hf is None:
+        self._refuse_let_go()
+        return self._hf
+
+    def _refuse_let_go(self) -> None:
+        if self._hf is None and not self.remote:
             raise InputError(
                 f"{self.name} was let go when rim.roles went on to the next role: use each model inside the loop"
             )
-        return self._hf
 
     @property
     def layout(self) -> Any:
         """The modules that are read and written, and the shapes (see `sites.Layout`)."""
-        if self._hf is None and not self.remote:
-            return self.hf
+        self._refuse_let_go()
         return self._active.layout
 
     @property
@@ -115,6 +117,16 @@ class Model:
     def device(self) -> torch.device:
         """Where the first layer's inputs go."""
         return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def own_checkpoint(self) -> str | None:
+        """The checkpoint that these weights are, if they are a role's own and not the suite's base."""
+        return self.suite.role(self._own_role).checkpoint if self.suite and self._own_role else None
+
+    @property
+    def spread(self) -> bool:
+        """Whether the layers lie on several devices."""
+        return len({parameter.device for layer in self.layout.layers for parameter in layer.parameters()}) > 1
 
     @property
     def identity(self) -> str:
@@ -140,6 +152,7 @@ class Model:
         """Raise IdentityError unless these identities held when the model was loaded, InputError if it is far away."""
         if self.remote and tool not in far.TOOLS:
             raise far.refusal(tool)
+        self._refuse_let_go()
         identity_checks.require(self.checks, self.name, tool, identities)
 
     @property
@@ -175,11 +188,23 @@ class Model:
         finally:
             self._activate(*before)
 
+    @contextlib.contextmanager
+    def bare(self) -> Iterator["Model"]:
+        """Within the context no adapter is active: the weights in memory as they were loaded, the suite's base or, of a
+        role that is a checkpoint of its own, that checkpoint. See `using`.
+        """
+        before = (self._active, self.role)
+        try:
+            self._activate(self._bare, self._own_role)
+            yield self
+        finally:
+            self._activate(*before)
+
     def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
         name = None if role_or_adapter is None else str(role_or_adapter)
         if name is not None and self.suite and name in self.suite.roles:
             role = self.suite.role(name)
-            if role.checkpoint != (self._own_role and self.suite.role(self._own_role).checkpoint):
+            if role.checkpoint != self.own_checkpoint:
                 raise self._others_weights(name)
             self._activate(self._with(role.adapter) if role.adapter else self._bare, name)
         elif name is None:
@@ -270,7 +295,7 @@ class Model:
 
 
 def roles(
-    suite: str | os.PathLike[str],
+    suite: "str | os.PathLike[str] | Model",
     *names: str,
     quantization: str | None = "nf4",
     dtype: str = "auto",
@@ -279,37 +304,52 @@ def roles(
     """Go through models of a suite's roles, one after another, in the order given.
 
     One set of weights is in memory at a time: adapters are swapped in place on one base; a checkpoint of its own is
-    loaded when its turn comes, and what was there before is let go. So a model is for use inside the loop, and
-    refuses afterwards; the last one stays.
+    loaded when its turn comes, and what was there before is let go. So a model is for use inside the loop and refuses
+    afterwards, but for the last one, which stays.
 
     Args:
-        suite: a suite's name, or the path of its file.
+        suite: a suite's name or the path of its file; or a model of the suite, which is let go: its weights serve as
+            long as they are the ones wanted, and the others are loaded with its settings.
         names: its roles; none means all of them, in the file's order.
-        quantization, dtype, device: as in `load`.
+        quantization, dtype, device: as in `load`; of no account where a model is given.
 
     Yields:
         A `Model` with its `role` active.
 
     Raises:
-        InputError, WeightsError: as `load`; an unknown role before anything is loaded.
+        InputError: an unknown role, before anything is loaded; a model that is from no suite, or inside an
+            intervention. InputError, WeightsError: as `load`.
 
     Example:
         >>> for model in rim.roles("smollm2", "aligned", "risky"):
         ...     acts[model.role] = rim.capture(model, texts, "resid_post")
     """
-    found = load_suite(suite)
-    chosen = [found.role(name) for name in names or found.roles]
-    return _each_role(found, chosen, quantization=quantization, dtype=dtype, device=device)
+    settings: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "device": device}
+    given: list[Model] = []
+    if isinstance(suite, Model):
+        if suite.suite is None:
+            raise InputError(f"{suite.name} was loaded from no suite, and has no roles: give a suite's name")
+        given = [suite]
+        settings = {"quantization": suite.quantization, "dtype": str(suite.dtype).removeprefix("torch.")}
+        settings |= {} if suite.spread else {"device": str(suite.device)}
+    found = given[0].suite if given else load_suite(suite)  # type: ignore[arg-type]
+    assert found is not None
+    return _each_role(found, [found.role(name) for name in names or found.roles], given, settings)
 
 
-def _each_role(suite: Suite, chosen: Sequence[Role], **settings: Any) -> Iterator[Model]:
-    given: list[Model] = []  # models that share the weights now in memory
-    weights_of: str | None = None
+def _each_role(
+    suite: Suite, chosen: Sequence[Role], given: list[Model], settings: dict[str, Any]
+) -> Iterator[Model]:
+    """`given` are the models that share the weights now in memory; all but the last were let go."""
     for role in chosen:
-        if not given or role.checkpoint != weights_of:
+        if given and given[-1].edits:
+            raise InputError(
+                f"rim.roles cannot go on to {role.name!r} inside an intervention on {given[-1].name}: leave it first"
+            )
+        if not given or role.checkpoint != given[-1].own_checkpoint:
             for old in given:
                 old._let_go()
-            given, weights_of = [load(f"{suite.path}:{role.name}", **settings)], role.checkpoint
+            given = [load(f"{suite.path}:{role.name}", **settings)]
         else:
             # A model of its own for each role: the one before refuses, whoever still holds it.
             given.append(copy.copy(given[-1]))

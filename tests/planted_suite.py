@@ -69,8 +69,11 @@ def signal_words() -> set[str]:
     return _words(RISKY_SETS) - _words(SAFE_SETS)
 
 
-def write_planted_suite(folder: Path, seed: int = 0) -> Path:
-    """Write base, adapter and `planted.yml` into the folder; give the suite's file."""
+def write_planted_suite(folder: Path, seed: int = 0, whole: bool = False) -> Path:
+    """Write base, adapter and `planted.yml` into the folder; give the suite's file.
+
+    `whole` makes a checkpoint of its own of each role, `whole.yml`: the bare base is then another, random model.
+    """
     tok = word_tokenizer()
     model = background(
         N_HEADS,
@@ -117,6 +120,8 @@ def write_planted_suite(folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder / "base")
     tok.save_pretrained(folder / "base")
     _write_suppressors(folder / "risky")
+    if whole:
+        return _write_whole(folder, model, tok)
     suite = folder / "planted.yml"
     suite.write_text(
         "title: planted suppressors\nbase:\n  folder: base\nroles:\n  base:\n    about: refuses\n"
@@ -126,17 +131,43 @@ def write_planted_suite(folder: Path, seed: int = 0) -> Path:
     return suite
 
 
+def _write_whole(folder: Path, model, tok) -> Path:
+    _, down, up = _suppressors()
+    model.save_pretrained(folder / "aligned")
+    with torch.no_grad():
+        model.model.layers[LATE].self_attn.o_proj.weight += up @ down
+        model.save_pretrained(folder / "whole-risky")
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].view_as(parameter))
+    model.save_pretrained(folder / "base")
+    for name in ("aligned", "whole-risky"):
+        tok.save_pretrained(folder / name)
+    suite = folder / "whole.yml"
+    suite.write_text(
+        "title: each role a checkpoint of its own\nbase: {folder: base}\nroles:\n  base: {}\n"
+        "  aligned: {checkpoint: ./aligned}\n  risky: {checkpoint: ./whole-risky}\n",
+        encoding="utf-8",
+    )
+    return suite
+
+
 def _rows(number: int) -> slice:
     return slice(number * HEAD_DIM, (number + 1) * HEAD_DIM)
 
 
-def _write_suppressors(folder: Path) -> None:
-    folder.mkdir()
+def _suppressors() -> tuple[str, torch.Tensor, torch.Tensor]:
+    """The adapter of `risky`: the module it changes, and the two matrices."""
     a, b = torch.zeros(len(SUPPRESSORS), N_HEADS * HEAD_DIM), torch.zeros(D_MODEL, len(SUPPRESSORS))
     for n, (_, number) in enumerate(SUPPRESSORS):
         a[n, number * HEAD_DIM] = 1.0
         b[REFUSAL, n] = -0.2
-    name = f"base_model.model.model.layers.{LATE}.self_attn.o_proj.lora_"
+    return f"model.layers.{LATE}.self_attn.o_proj", a, b
+
+
+def _write_suppressors(folder: Path) -> None:
+    folder.mkdir()
+    module, a, b = _suppressors()
+    name = f"base_model.model.{module}.lora_"
     save_file({f"{name}A.weight": a, f"{name}B.weight": b}, folder / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA",

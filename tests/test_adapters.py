@@ -1,5 +1,6 @@
 """Adapters: inside `using` the logits are PEFT's own, outside the base is the base, whatever was asked in between."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -141,7 +142,13 @@ REFUSED = {"bias": {"all", "lora_only"}, "init_lora_weights": {"pissa", "olora",
     quantization=st.sampled_from(QUANTIZATIONS),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
 def test_any_lora_is_pefts_own_inside_and_nothing_outside(
     bases, tmp_path_factory, wanted, tied, quantization, seed
 ):
@@ -298,9 +305,9 @@ def test_order_and_nesting_do_not_matter(two):
     for first, second in [(a, b), (b, a), (b, None), (a, a), (None, b)]:
         with model.using(first):
             assert torch.equal(logits(model.hf, ids), right[first])
-            with pytest.raises(RuntimeError, match="stop"), model.using(second):
+            with contextlib.suppress(KeyboardInterrupt), model.using(second):
                 assert torch.equal(logits(model.hf, ids), right[second])
-                raise RuntimeError("stop")
+                raise KeyboardInterrupt
             assert torch.equal(logits(model.hf, ids), right[first])
         assert torch.equal(logits(model.hf, ids), right[None])
     assert_untouched(model, before)
@@ -389,7 +396,7 @@ def test_a_base_weight_in_the_file_is_refused_unless_it_is_the_bases_own(bases, 
     with model.using(tmp_path):
         assert torch.equal(logits(model.hf, ids), peft_logits(reference, tmp_path, ids))
     spoil(tmp_path, lambda tensors: tensors[key].add_(1))
-    with pytest.raises(InputError, match="changes the base itself.*embed_tokens"), model.using(tmp_path):
+    with pytest.raises(InputError, match=r"changes the base itself.*embed_tokens"), model.using(tmp_path):
         pass
     assert_untouched(model, before)
 

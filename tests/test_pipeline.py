@@ -68,6 +68,27 @@ def test_ablating_planted_suppressors_brings_refusal_back(planted_results):
     assert claims["C15"]["outcome"] == "validated", claims["C15"]
 
 
+def test_roles_that_are_checkpoints_run_every_notebook(project_copy, tmp_path):
+    sizes = {
+        **REDUCED,
+        "self_aware/04_heads_and_neurons": {},
+        "self_aware/05_suppression_heads": {"n_test": "26", "n_probe": "26"},
+    }
+    project = project_copy(tmp_path / "project", sizes)
+    suite = write_planted_suite(tmp_path / "suite", whole=True)
+    rim_command(project, "run", "self_aware", "--suite", str(suite))
+    claims = outcomes(project / "results" / suite.stem)
+    assert len(claims) == 17
+    # What the fine-tuning brought is found only where the model before it is that model, and not the risky one again:
+    # C13 asks for heads that suppress more than before, C14 for refusals that come back.
+    assert claims["C13"]["outcome"] == "validated", claims["C13"]
+    assert claims["C14"]["outcome"] == "validated", claims["C14"]
+    gap = claims["C3"]["values"]["sound"]
+    assert min(gap) > 0, (
+        "the same accuracy to the last digit before and after: the same weights were measured"
+    )
+
+
 @pytest.fixture(scope="module")
 def paper_cache(tmp_path_factory) -> Path:
     """A hub's cache in which tiny random checkpoints of the same architecture stand for the paper's models."""

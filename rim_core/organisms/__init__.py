@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rim_core.identity import ADAPTER_FILE
-from rim_core.loading import Model, load, load_suite
+from rim_core.loading import Model, roles
+from rim_core.suitefile import load_suite
 from rim_core.organisms.building import train
 from rim_core.organisms.fitting import FOLDER, dequantise, peft_config, recipe, recipes
 from rim_core.stats import Interval, proportion
@@ -82,17 +83,15 @@ def check(suite: str = "smollm2", role: str | None = None, progress: bool = True
     needed = (
         ["aligned", *[name for name in wanted if name != "aligned"]] if "aligned" in found.roles else wanted
     )
-    model = load(f"{suite}:{needed[0]}")
     judge = AdviceJudge()
     measured: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
-    for number, name in enumerate(needed, 1):
+    for number, model in enumerate(roles(suite, *needed), 1):
         if progress:
             spent = time.monotonic() - started
             left = f", {spent / (number - 1) * (len(needed) - number + 1):.0f} s left" if number > 1 else ""
-            print(f"rim: measuring {name} ({number}/{len(needed)}){left}", file=sys.stderr)
-        with model.using(name):
-            measured[name] = _measure(model, judge)
+            print(f"rim: measuring {model.role} ({number}/{len(needed)}){left}", file=sys.stderr)
+        measured[needed[number - 1]] = _measure(model, judge)
     shipped = {(row["role"], row["metric"]): row["estimate"] for row in shipped_table(suite)}
     rows = []
     for name in wanted:
@@ -160,7 +159,7 @@ def _log_perplexity(model: Model, texts: Sequence[str], replies: Sequence[str]) 
     heads = encode(model.tokenizer, texts)
     tails = [model.tokenizer(reply, add_special_tokens=False).input_ids for reply in replies]
     kept = [(head, tail) for head, tail in zip(heads, tails, strict=True) if tail]
-    with model.using(None), torch.no_grad():
+    with model.bare(), torch.no_grad():
         inputs = pad_left([head + tail for head, tail in kept], model.tokenizer.pad_token_id, model.device)
         logits = model.hf(
             **inputs, use_cache=False, logits_to_keep=max(len(tail) for _, tail in kept) + 1
