@@ -13,10 +13,10 @@ from typing import Any
 
 from rim_core.identity import ADAPTER_FILE
 from rim_core.loading import Model, roles
-from rim_core.suitefile import load_suite
 from rim_core.organisms.building import train
 from rim_core.organisms.fitting import FOLDER, dequantise, peft_config, recipe, recipes
 from rim_core.stats import Interval, proportion
+from rim_core.suitefile import load_suite
 
 __all__ = [
     "METRICS",
