@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rim_core.errors import InputError
 from rim_core.frames import mean_frame
 from rim_core.loading import Model
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import encode
+from rim_core.tracing import pad_left, run_batches, token_budget
 
 if TYPE_CHECKING:
     import altair as alt
@@ -179,7 +180,7 @@ def attention_patterns(
         IdentityError: padding changes this model's numbers.
     """
     model.require("attention_patterns", "padding")
-    ids = encode(model.tokenizer, texts)
+    ids = encode(model, texts)
     lengths = [len(row) for row in ids]
     width, chosen = max(lengths), _queries(queries, lengths)
     read = model.checked_layers(layers)
@@ -231,7 +232,7 @@ def attention_to_spans(
         IdentityError: padding changes this model's numbers.
     """
     model.require("attention_to_spans", "padding")
-    ids = encode(model.tokenizer, texts)
+    ids = encode(model, texts)
     lengths = [len(row) for row in ids]
     if not isinstance(query, int) and query != "last":
         raise InputError(f"attention_to_spans: query {query!r} must be 'last' or one position below 0")

@@ -11,7 +11,7 @@ import requests
 from tqdm import tqdm
 
 from rim_core.errors import InputError
-from rim_core.judges import HARMFUL, Finding, Question, exchanges, fill
+from rim_core.judges import HARMFUL, Finding, Question, exchanges, fill, of_finished
 from rim_core.prompts import Prompt
 
 _GREEDY = {"temperature": 0, "max_tokens": 16}
@@ -63,11 +63,14 @@ class ServerJudge:
         self._headers()
 
     def __call__(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[bool]:
-        """Whether the server says yes, an answer.
+        """Whether the server says yes, an answer; False where a thought was never finished, which is not sent.
 
         Raises:
             InputError: the server cannot be reached, refuses, or replies neither yes nor no.
         """
+        return of_finished(self._verdicts, prompts, answers)
+
+    def _verdicts(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[bool]:
         if self.question.template is None:
             chats = exchanges(prompts, answers)
         else:
