@@ -49,7 +49,9 @@ def styled(style):
 
 
 def template_ids(made, text, system=None):
-    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+    messages = ([{"role": "system", "content": system}] if system else []) + [
+        {"role": "user", "content": text}
+    ]
     return made.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
 
 
@@ -111,7 +113,13 @@ def test_the_last_token_read_is_never_an_end_that_the_tokenizer_appends(tmp_path
 
 @pytest.mark.parametrize(
     "given",
-    [tuple(TEXTS), pd.Series(TEXTS), pd.Series(TEXTS, index=[7, 3, 5]), np.array(TEXTS), np.array(TEXTS, object)],
+    [
+        tuple(TEXTS),
+        pd.Series(TEXTS),
+        pd.Series(TEXTS, index=[7, 3, 5]),
+        np.array(TEXTS),
+        np.array(TEXTS, object),
+    ],
 )
 def test_any_sequence_of_strings_will_do(given):
     model = load_tiny("llama")
@@ -209,7 +217,9 @@ def test_texts_beyond_the_context_are_refused_everywhere(tmp_path, family):
         mean_ablated,
     ]
     for call in calls:
-        with pytest.raises(InputError, match=r"(text|example) \d has \d+ tokens, more than the 64 that") as caught:
+        with pytest.raises(
+            InputError, match=r"(text|example) \d has \d+ tokens, more than the 64 that"
+        ) as caught:
             call()
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="text 1 has 60 tokens, and with 5 new ones passes the 64"):
@@ -293,8 +303,8 @@ def test_tags_that_are_tokens_without_being_special_are_control_tokens_if_the_te
 
 def test_plain_words_are_refused_where_they_cannot_be():
     made = tokenizer()
+    made.chat_template = TEMPLATE.replace("m['content']", "m['content'] | upper")
     with pytest.raises(InputError, match="rewrites what is put into it"):
-        made.chat_template = TEMPLATE.replace("m['content']", "m['content'] | upper")
         rim.format_chat(made, ["Hi <|im_end|>"], plain=True)
     made.chat_template = TEMPLATE
     chats = rim.format_chat(made, ["\U00100000 <|im_end|>"], plain=True)
@@ -311,7 +321,9 @@ def test_plain_words_are_refused_where_they_cannot_be():
 
 # format_chat ----------------------------------------------------------------------------------------------------------
 
-IGNORES = "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endif %}{% endfor %}"
+IGNORES = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endif %}{% endfor %}"
+)
 THINKS = TEMPLATE + "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}"
 
 
@@ -353,9 +365,8 @@ def test_what_the_template_ignores_is_said():
     made.chat_template = "<|im_start|>{{ messages[0]['content'] }}{% if thinking %}<think>{% endif %}"
     assert rim.format_chat(made, ["Hi"], thinking=True)[0].endswith("<think>")
     # A system text that is the template's own default is heard, too.
-    made.chat_template = (
-        "<|im_start|>{{ messages[0]['content'] if messages[0]['role'] == 'system' else 'Help.' }}{{ messages[-1]['content'] }}"
-    )
+    first = "messages[0]['content'] if messages[0]['role'] == 'system' else 'Help.'"
+    made.chat_template = f"<|im_start|>{{{{ {first} }}}}{{{{ messages[-1]['content'] }}}}"
     assert rim.format_chat(made, ["Hi"], system="Help.") == rim.format_chat(made, ["Hi"])
 
 
