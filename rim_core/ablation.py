@@ -343,7 +343,7 @@ def knock_out(
         model: a loaded model with "sdpa" or "eager" attention.
         queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
             positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch:
-            for spans that differ (see `tracing.find_span`) run the prompts one at a time.
+            for spans that differ (see `texts.find_span`) run the prompts one at a time.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.
 

@@ -221,7 +221,7 @@ def attention_to_spans(
     Args:
         model: a loaded model; the adapter and edits now active apply.
         texts: prompts as the model is to see them.
-        spans: for each name the token positions in each text, counted from the end, as `tracing.find_span` gives
+        spans: for each name the token positions in each text, counted from the end, as `texts.find_span` gives
             them; an empty list where a text lacks the span, which then gets 0. Spans may overlap.
         layers: those to read; None is all.
         query: "last" or a position from the end.
@@ -268,7 +268,7 @@ def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list
 
 def _check_spans(spans: Mapping[str, Sequence[Sequence[int]]], lengths: Sequence[int], query: int) -> None:
     if not spans:
-        raise InputError("attention_to_spans: no spans; give their positions by name (see tracing.find_span)")
+        raise InputError("attention_to_spans: no spans; give their positions by name (see rim.find_span)")
     for name, by_text in spans.items():
         if len(by_text) != len(lengths):
             raise InputError(
