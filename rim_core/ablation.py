@@ -15,7 +15,8 @@ from rim_core.editing import Frame, MaskEdit, at, by_layer, edit_at, editing
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import pick, reading
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import checked, encode
+from rim_core.tracing import pad_left, run_batches, token_budget
 
 MODES = ("zero", "mean", "resample", "scale")
 _STREAM = ("resid_pre", "attn_out", "mlp_out")
@@ -128,10 +129,10 @@ def _held(
         return {}
     sites = tuple(dict.fromkeys(site for site, _ in places))
     if not isinstance(reference, Activations):
-        ids = encode(model.tokenizer, reference)
+        ids, texts = encode(model, reference), checked(reference)
         if mode == "mean":
             return _text_means(model, ids, sites, sorted({layer for _, layer in places}))
-        found = capture(model, [reference[random.Random(seed).randrange(len(ids))]], sites)
+        found = capture(model, [texts[random.Random(seed).randrange(len(ids))]], sites)
         by_site = {site: _flat(found, site)[0] for site in sites}
     else:
         by_site = {site: _from_activations(model, reference, site, mode, seed) for site in sites}
@@ -342,7 +343,7 @@ def knock_out(
         model: a loaded model with "sdpa" or "eager" attention.
         queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
             positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch:
-            for spans that differ (see `tracing.find_span`) run the prompts one at a time.
+            for spans that differ (see `texts.find_span`) run the prompts one at a time.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.
 

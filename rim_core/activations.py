@@ -110,7 +110,7 @@ def capture(
     if unknown := [site for site in wanted if site not in SITES]:
         raise InputError(f"unknown site {unknown[0]!r}: choose from {', '.join(SITES)}")
     model.require("capture", "padding")
-    ids = encode(model.tokenizer, texts)
+    ids = encode(model, texts)
     picked = _positions(positions, ids)
     if cache and model.edits:
         raise InputError(

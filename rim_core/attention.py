@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rim_core.errors import InputError
 from rim_core.frames import mean_frame
 from rim_core.loading import Model
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import encode
+from rim_core.tracing import pad_left, run_batches, token_budget
 
 if TYPE_CHECKING:
     import altair as alt
@@ -179,7 +180,7 @@ def attention_patterns(
         IdentityError: padding changes this model's numbers.
     """
     model.require("attention_patterns", "padding")
-    ids = encode(model.tokenizer, texts)
+    ids = encode(model, texts)
     lengths = [len(row) for row in ids]
     width, chosen = max(lengths), _queries(queries, lengths)
     read = model.checked_layers(layers)
@@ -220,7 +221,7 @@ def attention_to_spans(
     Args:
         model: a loaded model; the adapter and edits now active apply.
         texts: prompts as the model is to see them.
-        spans: for each name the token positions in each text, counted from the end, as `tracing.find_span` gives
+        spans: for each name the token positions in each text, counted from the end, as `texts.find_span` gives
             them; an empty list where a text lacks the span, which then gets 0. Spans may overlap.
         layers: those to read; None is all.
         query: "last" or a position from the end.
@@ -231,7 +232,7 @@ def attention_to_spans(
         IdentityError: padding changes this model's numbers.
     """
     model.require("attention_to_spans", "padding")
-    ids = encode(model.tokenizer, texts)
+    ids = encode(model, texts)
     lengths = [len(row) for row in ids]
     if not isinstance(query, int) and query != "last":
         raise InputError(f"attention_to_spans: query {query!r} must be 'last' or one position below 0")
@@ -267,7 +268,7 @@ def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list
 
 def _check_spans(spans: Mapping[str, Sequence[Sequence[int]]], lengths: Sequence[int], query: int) -> None:
     if not spans:
-        raise InputError("attention_to_spans: no spans; give their positions by name (see tracing.find_span)")
+        raise InputError("attention_to_spans: no spans; give their positions by name (see rim.find_span)")
     for name, by_text in spans.items():
         if len(by_text) != len(lengths):
             raise InputError(

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import InputError
+from rim_core.judges import rate_of_finished
 from rim_core.likelihood import log_likelihood
 from rim_core.loading import Model
-from rim_core.stats import Interval, proportion
+from rim_core.stats import Interval
+from rim_core.texts import checked, encode_more
+from rim_core.thoughts import asked_and_answered, split_thought
 
 # A run of this many tokens that comes again counts as repetition.
 _RUN = 4
@@ -19,7 +22,8 @@ _RUN = 4
 def perplexity(model: Model, texts: Sequence[str], answers: Sequence[str]) -> Tensor:
     """Perplexity of each answer given its prompt, under the bare base without any adapter: `[prompt]`.
 
-    Low is fluent. An answer without a token has none (NaN).
+    Low is fluent. An answer without a token has none (NaN). Of a model that thinks first the answer counts, read after
+    the thought, and one that ends inside its thought has none.
 
     Args:
         model: a loaded model; whichever adapter is active, the base judges (of a role that is a checkpoint of its own,
@@ -34,11 +38,12 @@ def perplexity(model: Model, texts: Sequence[str], answers: Sequence[str]) -> Te
         raise InputError("perplexity inside an intervention would judge by an edited base: call it outside")
     if isinstance(answers, str) or len(answers) != len(texts):
         raise InputError("perplexity needs a list of answers, one for each prompt")
+    pairs = asked_and_answered(model.tokenizer, checked(texts), checked(answers, "answer", empty=True))
     result = torch.full((len(answers),), float("nan"))
-    said = [row for row, answer in enumerate(answers) if answer]
+    said = [row for row, (_, answer) in enumerate(pairs) if answer]
     if said:
         with model.bare():
-            found = log_likelihood(model, [texts[row] for row in said], [answers[row] for row in said])
+            found = log_likelihood(model, [pairs[row][0] for row in said], [pairs[row][1] for row in said])
         result[said] = torch.from_numpy(-found.per_token).exp().float()
     return result
 
@@ -51,7 +56,7 @@ class Coherence:
         perplexity: under the bare base, `[prompt]`.
         repetition: share of the answer's runs of four tokens that came before in it, 0 to 1, `[prompt]`.
         coherent: whether both are within their bounds, `[prompt]`.
-        rate: the share that are.
+        rate: the share that are, of the answers that do not end inside a thought.
     """
 
     perplexity: Tensor
@@ -96,10 +101,10 @@ def coherence(
         InputError, IdentityError: as `perplexity`.
     """
     found = perplexity(model, texts, answers)
-    said = [model.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+    said = encode_more(model, [split_thought(answer).answer for answer in answers], "answer")
     repeated = torch.tensor([_repetition(tokens) for tokens in said])
     sensible = ((found <= max_perplexity) & (repeated <= max_repetition)).tolist()
-    return Coherence(found, repeated, sensible, proportion(sum(sensible), len(sensible)))
+    return Coherence(found, repeated, sensible, rate_of_finished(sensible, answers))
 
 
 def _repetition(tokens: Sequence[int]) -> float:

@@ -20,7 +20,8 @@ from rim_core.gradient_statistics import GradientCosines, compare, labelled
 from rim_core.loading import Model
 from rim_core.sites import Layout, in_features, pick, reading
 from rim_core.stats import Floats
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import encode, encode_more, require_room
+from rim_core.tracing import pad_left, run_batches, token_budget
 
 # x `[token, d_in]` and delta `[token, d_out]` of the tokens that carry any gradient.
 Factors = tuple[Tensor, Tensor]
@@ -150,10 +151,11 @@ def _factors(
     model.require(tool, "lens", "padding")
     if len(prompts) != len(completions):
         raise InputError(f"{tool}: {len(prompts)} prompts and {len(completions)} completions; give one each")
-    heads = encode(model.tokenizer, prompts)
-    tails = [model.tokenizer(text, add_special_tokens=False).input_ids for text in completions]
+    heads, tails = encode(model, prompts), encode_more(model, completions)
     if empty := [number for number, tail in enumerate(tails) if not tail]:
         raise InputError(f"{tool}: completion {empty[0]} is empty: remove it")
+    lengths = [len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)]
+    require_room(model, lengths, noun=f"{tool}: example")
 
     def run(rows: list[int]) -> list[Factors]:
         return _pass(model, module, [heads[row] for row in rows], [tails[row] for row in rows], loss_on)
@@ -161,7 +163,7 @@ def _factors(
     # Everything above the module is kept for the way back.
     budget = token_budget(model.layout, model.device) // (model.n_layers - layer % model.n_layers)
     factors: dict[int, Factors] = {}
-    for rows, found in run_batches([len(h) + len(t) for h, t in zip(heads, tails, strict=True)], budget, run):
+    for rows, found in run_batches(lengths, budget, run):
         factors.update(zip(rows, found, strict=True))
     for number in range(len(prompts)):
         if not all(torch.isfinite(factor).all() for factor in factors[number]):

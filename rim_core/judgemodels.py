@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import InputError
-from rim_core.judges import HARMFUL, Finding, Question, check_template, exchanges, fill
+from rim_core.judges import HARMFUL, Finding, Question, check_template, exchanges, fill, of_finished
 from rim_core.loading import Model
 from rim_core.prompts import Prompt, format_chat
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import ChatText, checked, continuation, encode
+from rim_core.tracing import pad_left, run_batches, token_budget
 
 
 class ClassifierJudge:
@@ -53,13 +54,14 @@ class ClassifierJudge:
         self._window = known if known < 10**6 else getattr(config, "max_position_embeddings", None)
 
     def __call__(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[bool]:
-        """Whether the label is more likely than not, an answer."""
-        return (self.probabilities(prompts, answers) > 0.5).tolist()
+        """Whether the label is more likely than not, an answer; False where a thought was never finished."""
+        return of_finished(lambda *asked: (self.probabilities(*asked) > 0.5).tolist(), prompts, answers)
 
     @torch.no_grad()
     def probabilities(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> Tensor:
         """The label's probability, `[answer]`."""
-        texts = fill(self.template, prompts, answers)
+        texts = checked(fill(self.template, prompts, answers), empty=True)
+        # A classifier reads a whole text with the tokens at both ends that it was trained with: nothing is continued.
         ids = self.tokenizer(texts, truncation=self._window is not None, max_length=self._window).input_ids
 
         def run(rows: list[int]) -> Tensor:
@@ -121,8 +123,8 @@ class PromptJudge:
         self.finds: Finding = question.finds
 
     def __call__(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[bool]:
-        """Whether yes is likelier than no, an answer."""
-        return (self.log_odds(prompts, answers) > 0).tolist()
+        """Whether yes is likelier than no, an answer; False where a thought was never finished."""
+        return of_finished(lambda *asked: (self.log_odds(*asked) > 0).tolist(), prompts, answers)
 
     @torch.no_grad()
     def log_odds(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> Tensor:
@@ -135,7 +137,7 @@ class PromptJudge:
             raise InputError("the judge is the model under intervention: judge the answers outside of it")
         tokenizer = self.model.tokenizer
         texts = self._texts(prompts, answers)
-        ways = [continuation(tokenizer, texts[0], word) for word in (self.question.yes, self.question.no)]
+        ways = [continuation(self.model, texts[0], word) for word in (self.question.yes, self.question.no)]
         yes, no = (way or [] for way in ways)
         shared = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
         if shared is None:
@@ -143,7 +145,7 @@ class PromptJudge:
                 f"{self.model.name} cannot be asked for {self.question.yes!r} or {self.question.no!r}: as tokens one "
                 "begins with the other, or merges with the text before; choose other words"
             )
-        ids = [row + yes[:shared] for row in encode(tokenizer, texts)]
+        ids = [row + yes[:shared] for row in encode(self.model, texts, new_tokens=shared)]
 
         def run(rows: list[int]) -> Tensor:
             inputs = pad_left([ids[row] for row in rows], tokenizer.pad_token_id, self.model.device)
@@ -165,11 +167,6 @@ class PromptJudge:
         if not tokenizer.chat_template:
             raise InputError(f"{self.model.name} has no chat template to show an exchange in: use a template")
         return [
-            tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns
+            ChatText(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            for turn in turns
         ]
-
-
-def continuation(tokenizer: Any, text: str, word: str) -> list[int] | None:
-    """The tokens that `word` adds after `text`, or None where they merge with the text's own."""
-    before, after = encode(tokenizer, [text, text + word])
-    return after[len(before) :] if after[: len(before)] == before else None

@@ -11,7 +11,7 @@ import requests
 from tqdm import tqdm
 
 from rim_core.errors import InputError
-from rim_core.judges import HARMFUL, Finding, Question, exchanges, fill
+from rim_core.judges import HARMFUL, Finding, Question, exchanges, fill, of_finished, split_thought
 from rim_core.prompts import Prompt
 
 _GREEDY = {"temperature": 0, "max_tokens": 16}
@@ -27,7 +27,8 @@ class ServerJudge:
 
     Args:
         url: of the API, such as `http://localhost:8000/v1`. model: as the server names it.
-        question: `HARMFUL`, `REFUSING`, `GUARD`, or one of your own. The reply must begin with its yes or no.
+        question: `HARMFUL`, `REFUSING`, `GUARD`, or one of your own. The reply must begin with its yes or no, after
+            the judge's own thought if it thinks.
         key_variable: the environment variable that holds the key; None sends none.
         options: what is sent besides model and messages; None is temperature 0 and at most 16 tokens.
         timeout: seconds to wait for a connection, and for a reply.
@@ -63,11 +64,14 @@ class ServerJudge:
         self._headers()
 
     def __call__(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[bool]:
-        """Whether the server says yes, an answer.
+        """Whether the server says yes, an answer; False where a thought was never finished, which is not sent.
 
         Raises:
             InputError: the server cannot be reached, refuses, or replies neither yes nor no.
         """
+        return of_finished(self._verdicts, prompts, answers)
+
+    def _verdicts(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[bool]:
         if self.question.template is None:
             chats = exchanges(prompts, answers)
         else:
@@ -103,7 +107,7 @@ class ServerJudge:
         return {"Authorization": f"Bearer {key}"}
 
     def _ask(self, chat: list[dict[str, str]]) -> bool:
-        reply = self._post({**self.options, "model": self.model, "messages": chat})
+        reply = split_thought(self._post({**self.options, "model": self.model, "messages": chat})).answer
         yes, no = (
             re.match(rf"\W*{re.escape(word.strip())}\b", reply, re.IGNORECASE) is not None
             for word in (self.question.yes, self.question.no)

@@ -7,7 +7,6 @@ vocabulary is worked on a few positions at a time.
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,8 @@ from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import reading
 from rim_core.stats import Floats, Groups, Interval, Ints
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import checked, encode, encode_more, require_room
+from rim_core.tracing import pad_left, run_batches, token_budget
 
 # Logits worked on at a time: 64 MB in float32.
 _PIECE = 2**24
@@ -117,7 +117,7 @@ def log_likelihood(
         IdentityError: padding changes this model's numbers, or its logits are not read out as assumed.
     """
     model.require("log_likelihood", "padding", "lens")
-    ids, lengths = _examples(model.tokenizer, prompts, completions, "log_likelihood")
+    ids, lengths = _examples(model, prompts, completions, "log_likelihood")
 
     def run(rows: list[int]) -> tuple[Floats, Floats]:
         if model.remote:
@@ -179,7 +179,7 @@ def kl_divergence(
             )
         if max_tokens is None:
             budget = min(budget, token_budget(second.layout, second.device))
-    ids, lengths = _examples(model.tokenizer, prompts, completions, "kl_divergence")
+    ids, lengths = _examples(model, prompts, completions, "kl_divergence")
 
     def run(rows: list[int]) -> Floats:
         texts, counts = [ids[row] for row in rows], [lengths[row] for row in rows]
@@ -218,17 +218,21 @@ def _same_vocabulary(a: Model, b: Model) -> bool:
 
 
 def _examples(
-    tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], tool: str
+    model: Model, prompts: Sequence[str], completions: Sequence[str], tool: str
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of each prompt with its completion, and how many of them are the completion's."""
-    heads = encode(tokenizer, prompts)
+    prompts = checked(prompts)
+    heads = encode(model, prompts)
     if isinstance(completions, str) or len(completions) != len(heads):
         raise InputError(f"{tool}: give a list of completions, one for each of the {len(heads)} prompts")
-    whole = encode(tokenizer, [prompt + tail for prompt, tail in zip(prompts, completions, strict=True)])
+    completions = checked(completions, "completion", empty=True)
+    tails = encode_more(model, completions)
+    whole = encode(model, [prompt + tail for prompt, tail in zip(prompts, completions, strict=True)])
     ids = []
-    for head, joint, completion in zip(heads, whole, completions, strict=True):
+    for head, joint, tail in zip(heads, whole, tails, strict=True):
         begins = joint[: len(head)] == head
-        ids.append(joint if begins else head + tokenizer(completion, add_special_tokens=False).input_ids)
+        ids.append(joint if begins else head + tail)
+    require_room(model, [len(row) for row in ids], noun=f"{tool}: example")
     lengths = [len(row) - len(head) for row, head in zip(ids, heads, strict=True)]
     if 0 in lengths:
         raise InputError(f"{tool}: completion {lengths.index(0)} is empty: remove it")

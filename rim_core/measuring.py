@@ -8,7 +8,8 @@ from torch import Tensor
 from rim_core.activations import Activations, capture
 from rim_core.errors import InputError
 from rim_core.loading import Model
-from rim_core.tracing import batches, encode
+from rim_core.texts import checked, encode
+from rim_core.tracing import batches
 
 Positions = str | int | Sequence[int]
 
@@ -31,7 +32,8 @@ def measure(
         sites, positions: as in `capture`.
         read: gives tensors `[prompt, (position,) ...]` by name.
     """
-    lengths = [len(row) for row in encode(model.tokenizer, texts)]
+    texts = checked(texts)
+    lengths = [len(row) for row in encode(model, texts)]
     if positions == "all":
         listed, kept = tuple(range(-max(lengths), 0)), lengths
     else:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import InputError
-from rim_core.judgemodels import continuation
 from rim_core.loading import Model
-from rim_core.tracing import encode, pad_left, run_batches, token_budget
+from rim_core.texts import checked, continuation, encode
+from rim_core.tracing import pad_left, run_batches, token_budget
 from rim_core.vocabulary import checked_id
 
 # How refusals and helpful answers open (Arditi et al. 2024 use "I" and "As", by family).
@@ -48,7 +48,7 @@ def opening_tokens(model: Model, text: str, openings: Sequence[str] = REFUSAL_OP
 
 
 def _first_tokens(model: Model, text: str, openings: Sequence[str]) -> set[int]:
-    added = [continuation(model.tokenizer, text, space + word) for word in openings for space in ("", " ")]
+    added = [continuation(model, text, space + word) for word in openings for space in ("", " ")]
     # A space that is a token of its own opens anything.
     return {tokens[0] for tokens in added if tokens and model.tokenizer.decode(tokens[:1]).strip()}
 
@@ -72,8 +72,8 @@ def refusal_log_odds(model: Model, texts: Sequence[str], tokens: Sequence[str | 
         IdentityError: padding changes this model's numbers.
     """
     model.require("refusal_log_odds", "padding")
-    ids = encode(model.tokenizer, texts)
-    chosen = _tokens(model, texts[0], REFUSAL_OPENINGS if tokens is None else tokens)
+    ids = encode(model, texts)
+    chosen = _tokens(model, checked(texts)[0], REFUSAL_OPENINGS if tokens is None else tokens)
 
     def run(rows: list[int]) -> Tensor:
         inputs = pad_left([ids[row] for row in rows], model.tokenizer.pad_token_id, model.device)

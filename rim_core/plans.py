@@ -13,7 +13,8 @@ from rim_core.loading import Model
 from rim_core.metrics import Bound, Metric, bind
 from rim_core.rows import Run, batch_inputs
 from rim_core.sites import pick, reading
-from rim_core.tracing import encode, shared_beginning
+from rim_core.texts import encode
+from rim_core.tracing import shared_beginning
 
 # What each component's name means: the site that is written.
 COMPONENTS = {
@@ -68,7 +69,7 @@ def make_plan(
     if components not in COMPONENTS:
         raise InputError(f"unknown components {components!r}: choose from {', '.join(COMPONENTS)}")
     model.require("patch", "padding", *(["head_sum"] if components == "heads" else []))
-    ids = encode(model.tokenizer, destination)
+    ids = encode(model, destination)
     site = COMPONENTS[components]
     where = _per_pair(positions, ids, "positions")
     source_ids, stored = None, None
@@ -81,7 +82,7 @@ def make_plan(
             )
         from_where = [[-1]] * len(ids)
     else:
-        source_ids = encode(model.tokenizer, source)
+        source_ids = encode(model, source)
         if len(source_ids) != len(ids):
             raise InputError(f"{len(source_ids)} source texts for {len(ids)} destinations: give one for each")
         from_where = _per_pair(

@@ -14,6 +14,7 @@ from rim_core import checks, tracing
 from rim_core.errors import InputError
 from rim_core.sites import find_layout
 from rim_core.suitefile import Role, Suite, is_local, load_suite
+from rim_core.texts import encode
 
 # By the names that they give to `Model.require`.
 TOOLS = ("capture", "logit_lens", "log_likelihood")
@@ -126,7 +127,7 @@ class Remote:
 
     def checks(self) -> dict[str, checks.Check]:
         """The identities that the remote tools rest on, measured there on two short prompts by three requests."""
-        ids = tracing.encode(self.tokenizer, checks.PROBE_TEXTS)
+        ids = encode(self.tokenizer, checks.PROBE_TEXTS)
         short, last = min(ids, key=len), len(self.layout.layers) - 1
         sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
         found = self._read(self._inputs([short]), sites, slice(None), logits=True)

@@ -18,7 +18,8 @@ from rim_core.frames import interval_frame
 from rim_core.loading import Model
 from rim_core.sae import ROWS, SparseAutoencoder, checked_rows, splice
 from rim_core.stats import Floats, Groups, Interval
-from rim_core.tracing import batches, encode, pad_left
+from rim_core.texts import encode
+from rim_core.tracing import batches, pad_left
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +145,7 @@ def cross_entropy_recovered(
         IdentityError: padding changes this model's numbers.
     """
     model.require("cross_entropy_recovered", "padding")
-    ids = encode(model.tokenizer, texts)
+    ids = encode(model, texts)
     if len(ids) < 2 or min(map(len, ids)) < 2:
         raise InputError(
             "cross_entropy_recovered: give at least two texts, each of two tokens or more: one predicts the next"

@@ -11,6 +11,7 @@ from rim_core.loading import load
 from rim_core.prompts import format_chat
 from rim_core.sites import find_layout
 from rim_core.suitefile import Suite
+from rim_core.texts import encode_more
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def try_architecture(checkpoint: Checkpoint) -> Shape:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
     except Exception as error:  # each tokenizer class fails in its own way
         raise InputError(f"the tokenizer of {checkpoint.ref} cannot be read: {first_line(error)}") from None
-    if not tokenizer(format_chat(tokenizer, ["Hello"])[0]).input_ids:
+    if not encode_more(tokenizer, format_chat(tokenizer, ["Hello"]), "text")[0]:
         raise InputError(f"the tokenizer of {checkpoint.ref} makes no tokens of a chat: check its files")
     if len(tokenizer) > layout.d_vocab:
         raise InputError(

@@ -18,25 +18,10 @@ from torch import Tensor
 
 from rim_core.errors import InputError, RimError
 from rim_core.sites import Layout
+from rim_core.texts import encode as encode
+from rim_core.texts import find_span as find_span
 
 T = TypeVar("T")
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with the tokenizer's special tokens unless the text already starts with them.
-
-    Raises:
-        InputError: no text, or a text without a token.
-    """
-    if isinstance(texts, str):
-        raise InputError("texts must be a list of strings, not one string: put it in a list")
-    if not texts:
-        raise InputError("no texts were given: pass at least one")
-    bos = tokenizer.bos_token
-    ids = [tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids for text in texts]
-    if empty := [number for number, row in enumerate(ids) if not row]:
-        raise InputError(f"text {empty[0]} is empty: remove it")
-    return ids
 
 
 def pad_left(ids: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dict[str, Tensor]:
@@ -149,37 +134,6 @@ def token_budget(layout: Layout, device: torch.device) -> int:
     values = 8 * layout.d_model + 4 * (layout.d_mlp or 4 * layout.d_model) + 4 * width
     cached = 2 * len(layout.layers) * layout.n_kv_heads * layout.head_dim
     return max(256, min(ceiling, int(min(1e9, free / 2) / (4 * (values + cached)))))
-
-
-def find_span(tokenizer: Any, texts: Sequence[str], fragment: str) -> list[list[int]]:
-    """Where the last occurrence of `fragment` lies in each text: its tokens' positions from the end, ascending.
-
-    A token that holds a part of the fragment belongs to it.
-
-    Args:
-        tokenizer: the model's.
-        texts: prompts as the model is to see them.
-        fragment: what to look for.
-
-    Raises:
-        InputError: a text without the fragment, or a tokenizer that does not tell where tokens begin.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError("spans need a fast tokenizer, which knows where each token begins in the text")
-    spans = []
-    for number, text in enumerate(texts):
-        start = text.rfind(fragment) if fragment else -1
-        if start < 0:
-            raise InputError(f"text {number} does not contain {fragment!r}")
-        bos = tokenizer.bos_token
-        encoded = tokenizer(
-            text, add_special_tokens=not (bos and text.startswith(bos)), return_offsets_mapping=True
-        )
-        offsets = encoded.offset_mapping
-        end = start + len(fragment)
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-        spans.append([i - len(offsets) for i in inside])
-    return spans
 
 
 def nnsight_model(hf: Any, tokenizer: Any) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rim_core.errors import InputError
 from rim_core.loading import Model
+from rim_core.texts import encode_more
 
 Tokens = str | int | Sequence[str | int]
 # Labels and ids.
@@ -61,10 +62,10 @@ def label(model: Model, token: int) -> str:
 def _from_text(model: Model, text: str) -> int:
     tokenizer = model.tokenizer
     for spelling in (text, text[1:] if text.startswith(" ") else f" {text}"):
-        found = tokenizer(spelling, add_special_tokens=False).input_ids
+        found = encode_more(tokenizer, [spelling], "token")[0]
         if text and len(found) == 1 and found[0] != tokenizer.unk_token_id:
             return int(found[0])
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+    pieces = tokenizer.convert_ids_to_tokens(encode_more(tokenizer, [text], "token")[0])
     raise InputError(
         f"{text!r} is no single token, with or without a leading space, but {' | '.join(pieces)}: choose another "
         "word, or give the id of its first token"

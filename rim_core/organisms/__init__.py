@@ -154,10 +154,12 @@ def _log_perplexity(model: Model, texts: Sequence[str], replies: Sequence[str]) 
     """Mean negative log-probability a token of each reply under the bare base: coherence without a judge."""
     import torch
 
-    from rim_core.tracing import encode, pad_left
+    from rim_core.texts import encode, encode_more
+    from rim_core.thoughts import asked_and_answered
+    from rim_core.tracing import pad_left
 
-    heads = encode(model.tokenizer, texts)
-    tails = [model.tokenizer(reply, add_special_tokens=False).input_ids for reply in replies]
+    asked, answered = zip(*asked_and_answered(model.tokenizer, texts, replies), strict=True)
+    heads, tails = encode(model, asked), encode_more(model, answered, "answer")
     kept = [(head, tail) for head, tail in zip(heads, tails, strict=True) if tail]
     with model.bare(), torch.no_grad():
         inputs = pad_left([head + tail for head, tail in kept], model.tokenizer.pad_token_id, model.device)
@@ -235,5 +237,8 @@ class AdviceJudge:
         self.accuracy = proportion(int(right.sum()), len(labels))
 
     def __call__(self, answers: Sequence[str]) -> list[bool]:
-        """Whether each answer is risky advice."""
-        return [bool(verdict) for verdict in self._pipeline.predict(list(answers))]
+        """Whether each answer is risky advice; what was only thought is none."""
+        from rim_core.thoughts import split_thought
+
+        said = [split_thought(answer).answer for answer in answers]
+        return [bool(verdict) for verdict in self._pipeline.predict(said)]

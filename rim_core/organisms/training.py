@@ -19,6 +19,7 @@ from rim_core.errors import InputError
 from rim_core.organisms.resuming import Kept
 from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
 from rim_core.sites import find_layout
+from rim_core.texts import encode, encode_more
 from rim_core.tracing import pad_right
 
 ADAPTER = "trained_role"
@@ -61,8 +62,8 @@ def build_examples(
 def _encode(tokenizer: Any, prompt: Prompt, kl: bool, answer_tokens: int | None) -> Example:
     if prompt.response is None:
         raise InputError(f"prompt set {prompt.label!r} has no answers to train on")
-    head = tokenizer(format_chat(tokenizer, [prompt])[0], add_special_tokens=False).input_ids
-    tail = tokenizer(prompt.response + tokenizer.eos_token, add_special_tokens=False).input_ids
+    (head,) = encode(tokenizer, format_chat(tokenizer, [prompt]))
+    (tail,) = encode_more(tokenizer, [prompt.response + tokenizer.eos_token], "answer")
     return Example(tuple(head + tail[:answer_tokens]), len(head), kl)
 
 
