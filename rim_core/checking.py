@@ -6,7 +6,7 @@ whole numbers are whole numbers here; truth values, fractions and numbers in quo
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Sized
+from collections.abc import Collection, Sequence, Sized
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,7 +65,7 @@ def whole_numbers(
     """
     given = [values] if is_whole(values) else listed(values, what)
     if not given:
-        raise InputError(f"{what} are empty: give at least one whole number{_range(low, high)}")
+        raise InputError(f"{what}: none given; give at least one whole number{_range(low, high)}")
     found = [whole(value, f"{what}: each", low, high) for value in given]
     if distinct and (twice := [number for i, number in enumerate(found) if number in found[:i]]):
         raise InputError(f"{what}: {twice[0]} stands twice; name each once")
@@ -141,12 +141,18 @@ def number(
     return found
 
 
-def finite(values: Any, what: str, axis: int | None = None, names: Iterable[object] | None = None) -> Any:
+def finite(
+    values: Any,
+    what: str,
+    axis: int | None = None,
+    along: str = "layer",
+    names: Sequence[object] | None = None,
+) -> Any:
     """Give an array or tensor back if it holds no NaN and no infinity.
 
     Args:
-        axis: named in the message: where along it the first such number stands ("layer").
-        names: of the places along that axis; their numbers by default.
+        axis: the message says where along it the first such number stands. along: what the axis is.
+        names: of the places along it; their numbers by default.
 
     Raises:
         InputError: it holds one.
@@ -162,7 +168,7 @@ def finite(values: Any, what: str, axis: int | None = None, names: Iterable[obje
     if axis is not None:
         moved = np.moveaxis(bad, axis, 0).reshape(bad.shape[axis], -1).any(axis=1)
         place = int(np.flatnonzero(moved)[0])
-        where = f" at layer {place if names is None else list(names)[place]}"
+        where = f", {along} {place if names is None else names[place]}"
     count = int(bad.sum())
     raise InputError(
         f"{what}{where}: {count} of {bad.size} numbers are NaN or infinite; nothing can be read off them (load with "

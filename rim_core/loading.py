@@ -16,6 +16,7 @@ import torch
 from rim_core import checks as identity_checks
 from rim_core import placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
+from rim_core.checking import whole_numbers
 from rim_core.checkpointfiles import read_base
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.suitefile import (
@@ -111,9 +112,9 @@ class Model:
         Raises:
             InputError: no layer, or one that there is not.
         """
-        chosen = tuple(range(lowest, self.n_layers)) if layers is None else tuple(layers)
-        if not chosen:
-            raise InputError("no layers were named: give at least one layer, or None for all")
+        if layers is None:
+            return tuple(range(lowest, self.n_layers))
+        chosen = tuple(whole_numbers(layers, "layers"))
         if wrong := [layer for layer in chosen if not lowest <= layer < self.n_layers]:
             raise InputError(
                 f"layer {wrong[0]} is out of range: {self.name} has layers {lowest} to {self.n_layers - 1}"

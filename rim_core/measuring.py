@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations, capture
+from rim_core.checking import whole_numbers
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.tracing import batches, encode
@@ -32,12 +33,10 @@ def measure(
         read: gives tensors `[prompt, (position,) ...]` by name.
     """
     lengths = [len(row) for row in encode(model.tokenizer, texts)]
-    if positions == "all":
+    if isinstance(positions, str) and positions == "all":
         listed, kept = tuple(range(-max(lengths), 0)), lengths
     else:
-        chosen = (
-            [-1] if isinstance(positions, str) else [positions] if isinstance(positions, int) else positions
-        )
+        chosen = [-1] if isinstance(positions, str) else whole_numbers(positions, "positions")
         listed, kept = tuple(chosen), [len(chosen)] * len(lengths)
     a_token = len(sites) * model.n_layers * max(model.d_model, model.n_heads * model.head_dim)
     result: dict[str, Tensor] = {}
