@@ -71,10 +71,8 @@ def ablate(
         InputError: components that do not exist or are named twice, or arguments that do not go together.
         IdentityError: heads are not what this model's attention output is the sum of, or padding changes its numbers.
     """
-    heads, neurons = (
-        None if given is None else listed(given, name)
-        for name, given in (("heads", heads), ("neurons", neurons))
-    )
+    heads = None if heads is None else listed(heads, "heads")
+    neurons = None if neurons is None else listed(neurons, "neurons")
     _check(heads, neurons, direction, mode, reference, factor, keep_norm)
     seed = whole(seed, "ablate: seed")
     if direction is not None:

@@ -124,7 +124,7 @@ def capture(
             "capture(cache=True) inside an intervention: the cache does not know it; use cache=False"
         )
     if cache:
-        folder = cache_dir() / "activations" / _key(model, ids, wanted, positions)
+        folder = cache_dir() / "activations" / _key(model, ids, wanted, picked)
         if not (folder / "manifest.json").is_file():
             _stream(model, ids, wanted, picked, folder, max_tokens)
         stored = open_activations(folder)

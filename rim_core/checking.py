@@ -25,7 +25,7 @@ def shown(value: Any, width: int = 60) -> str:
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number: an int, or a scalar of NumPy or torch of such a type."""
     kind = str(getattr(value, "dtype", type(value).__name__))
-    if "bool" in kind or getattr(value, "ndim", 0):
+    if "bool" in kind or getattr(value, "ndim", None):
         return False
     try:
         operator.index(value)
@@ -83,7 +83,8 @@ def seeds(values: Any, what: str = "seeds") -> list[int]:
 
 def listed(values: Any, what: str) -> list[Any]:
     """Give what can be gone through as a list; raises InputError for a text, a mapping or a single thing."""
-    if getattr(values, "ndim", 1) and not isinstance(values, (str, bytes, dict)):
+    single = getattr(values, "ndim", None) == 0
+    if not single and not isinstance(values, (str, bytes, dict)):
         try:
             return list(values)
         except TypeError:
@@ -128,7 +129,7 @@ def number(
     given = getattr(value, "dtype", None)
     scalar = not isinstance(value, (str, bytes, bool)) and "bool" not in str(given)
     try:
-        found = float(value) if scalar and not getattr(value, "ndim", 0) else math.nan
+        found = float(value) if scalar and not getattr(value, "ndim", None) else math.nan
     except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not (math.isfinite(found) and low <= found <= high and above < found < below):

@@ -22,8 +22,16 @@ from rim_core.workspace import did_you_mean
 
 # Lists within lists beyond this are refused: neither papermill nor JSON's readers go on without end.
 _DEEPEST = 20
-_PLAIN = {"int": int, "float": float, "str": str, "bool": bool, "Any": Any, "object": Any, "None": None}
-_CONTAINERS = {
+_PLAIN: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "Any": Any,
+    "object": Any,
+    "None": None,
+}
+_CONTAINERS: dict[str, Any] = {
     **{"list": list, "List": list, "Sequence": list, "Iterable": list},
     **{"tuple": tuple, "Tuple": tuple, "dict": dict, "Dict": dict, "Mapping": dict},
 }

@@ -92,7 +92,7 @@ def make_plan(
         if len(a) != len(b):
             hint = (
                 "'all' needs pairs of equal length in tokens; patch the last token, or name positions"
-                if positions == "all"
+                if isinstance(positions, str) and positions == "all"
                 else "name as many positions in the source as in the destination"
             )
             raise InputError(

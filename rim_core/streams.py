@@ -58,8 +58,8 @@ def guarded() -> Iterator[None]:
     """Within the context standard output and error fail as they should, and are there even if they were closed."""
     _fill_closed()
     before = sys.stdout, sys.stderr
-    sys.stdout = _Stream(sys.stdout, result=True)  # type: ignore[assignment]
-    sys.stderr = _Stream(sys.stderr, result=False)  # type: ignore[assignment]
+    sys.stdout = _Stream(sys.stdout, result=True)
+    sys.stderr = _Stream(sys.stderr, result=False)
     try:
         yield
     finally:
