@@ -159,8 +159,9 @@ def finite(
         InputError: it holds one.
     """
     # One pass without a copy; a sum of finite numbers that overflows is looked at again below.
-    if math.isfinite(float(values.sum())):
-        return values
+    with np.errstate(over="ignore"):
+        if math.isfinite(float(values.sum())):
+            return values
     good = values.isfinite() if hasattr(values, "isfinite") else np.isfinite(values)
     if bool(good.all()):
         return values

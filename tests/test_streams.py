@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,98 @@ def test_a_reader_that_goes_away_is_no_error(root):
     assert done.stderr == b""
     assert done.returncode in (0, 141)  # 0 where the reader is still there as it is written
     assert os.devnull
+
+
+# --- what is in results --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(root, tmp_path) -> Path:
+    """A copy of the project as it was run."""
+    return Path(shutil.copytree(root, tmp_path / "copy"))
+
+
+def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
+    told = rim(copy, "claims", "--suite", "tiny.yml").stdout
+    assert "stale" not in told
+    assert told.endswith("in all: 1 validated\n")
+    write(copy, "one/01_first", RECORD, "print('another cell')")
+    told = rim(copy, "claims", "--suite", "tiny.yml").stdout
+    assert told.startswith("paper_a A1  tiny  \u2713 validated, stale\n")
+    assert "    Stale: what the run rests on has changed since; rim run one/01_first --suite tiny" in told
+    assert told.endswith("in all: 1 validated; 1 of them stale\n")
+    (row,) = json.loads(rim(copy, "claims", "--json", "--suite", "tiny.yml").stdout)
+    assert (row["outcome"], row["stale"]) == ("validated", True)
+    # Without its file a suite's models are not known.
+    (row,) = json.loads(rim(copy, "claims", "--json").stdout)
+    assert row["stale"] is None
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
+def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
+    from rim_core import outcomes, runner
+
+    (copy / "results/tiny/one/01_first/default/run.json").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(copy)
+    (row,) = runner.scorecard(copy, ["tiny.yml"])
+    assert (row["outcome"], row["run_key"], row["stale"]) == ("not_tested", None, False)
+    assert capsys.readouterr().err == (
+        "rim: results/tiny/one/01_first/default/run.json is no record of a run, and counts as none; run that "
+        "notebook again\n"
+    )
+    assert runner.last_run(copy, "one/01_first", "tiny.yml") == "not run"
+    assert runner.plan([], "tiny.yml")[0]["status"] == "to run"
+    from rim_core import staging
+
+    assert staging._status(copy, "one/01_first", "tiny.yml") == "not run"
+    outcomes._TOLD.clear()
+
+
+def test_control_characters_of_a_cell_become_signs_on_its_page(copy):
+    from rim_core import staging
+
+    path = copy / "results/tiny/one/01_first/default/notebook.ipynb"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    text = "\x1b[31mred\x1b[0m \x1b] \x00\x07\x9b \ud800 tab\tend\r\n"
+    data["cells"][-1]["outputs"] = [
+        {"output_type": "stream", "name": "stdout", "text": [text]},
+        {"output_type": "display_data", "metadata": {}, "data": {"text/plain": text, "text/html": text}},
+    ]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    where = os.getcwd()
+    os.chdir(copy)
+    try:
+        staging.stage(copy, ["tiny.yml"])
+    finally:
+        os.chdir(where)
+    page = json.loads((copy / "book/experiments/one/01_first.ipynb").read_text(encoding="utf-8"))
+    stream, shown = page["cells"][-1]["outputs"]
+    printed = "red \u241b] \u2400\u2407\ufffd \ufffd tab\tend\r\n"
+    assert "".join(stream["text"]) == printed
+    assert {kind: "".join(value) for kind, value in shown["data"].items()} == {
+        "text/plain": printed,
+        "text/html": printed,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--suite", "s" * 251],
+        ["run", "--suite", "s" * 251 + ".yml"],
+        ["run", "--suite", "s" * 300 + ".yml"],
+        ["run", "--suite", "nul\x00.yml"],
+        ["suite", "new", "s" * 251, "--base", "nowhere"],
+        ["claims", "--suite", "s" * 251],
+    ],
+)
+def test_a_name_that_is_too_long_is_one_line(copy, arguments, monkeypatch, capsys):
+    from rim_core import cli
+
+    monkeypatch.chdir(copy)
+    (copy / f"{'s' * 251}.yml").write_text(tiny_project.SUITE, encoding="utf-8")
+    assert cli._main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("rim: ")
+    assert told.count("\n") == 1
+    assert len(told) < 600
