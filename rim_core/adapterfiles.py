@@ -1,10 +1,12 @@
 """What an adapter is and whether it fits a base, from its settings and its weights' header alone."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rim_core import hub
 from rim_core.checkpointfiles import Shapes, hub_error, read_json, read_shapes
 from rim_core.errors import InputError, WeightsError
 from rim_core.suitefile import ADAPTER_FILE, Role, is_local
@@ -61,7 +63,8 @@ def _hub_adapter(repository: str, online: bool) -> Path | None:
 
     try:
         patterns = ["adapter_config.json", ADAPTER_FILE]
-        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not online))
+        with hub.asked() if online else contextlib.nullcontext():
+            return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not online))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         if not online:
             return None

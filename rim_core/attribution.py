@@ -7,6 +7,7 @@ measured on a sample of the pairs, each time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -186,9 +187,10 @@ def _subset(source: Sequence[str] | Activations, chosen: list[int]) -> Sequence[
 
 
 def _subset_positions(positions: Positions, chosen: list[int]) -> Positions:
-    if isinstance(positions, str) or is_whole(positions) or is_whole(positions[0]):  # type: ignore[index]
+    if isinstance(positions, str) or is_whole(positions):
         return positions
-    return [positions[pair] for pair in chosen]  # type: ignore[return-value]
+    rows: Any = positions
+    return positions if is_whole(rows[0]) else [rows[pair] for pair in chosen]
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rim_core import checks as identity_checks
-from rim_core import placement, sites, suitecheck, tracing, weights
+from rim_core import hub, placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
 from rim_core.checking import whole_numbers
 from rim_core.checkpointfiles import read_base
@@ -377,7 +377,7 @@ def _load_checkpoint(
         config = BitsAndBytesConfig(load_in_8bit=True)
     where = {"revision": revision} if revision else {}
     try:
-        with _quiet():
+        with _quiet(), contextlib.nullcontext() if is_local(folder) else hub.asked():
             tokenizer = _tokenizer(folder, where)
             hf = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -455,7 +455,8 @@ def _adapter_folder(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
+        with hub.asked():
+            return Path(snapshot_download(source, allow_patterns=["adapter_config.json", ADAPTER_FILE]))
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise InputError(f"cannot fetch adapter {source}: {first_line(error)}") from None
 

@@ -99,6 +99,42 @@ def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
     assert row["stale"] is None
 
 
+OFFLINE = """
+import logging, time
+from huggingface_hub import constants
+from rim_core import checkpointfiles, fetching, prompts
+from rim_core.errors import InputError
+import rim_core as rim
+calls = {
+    "model": lambda: rim.load("nobody/nothing", quantization=None),
+    "small files": lambda: checkpointfiles.read_checkpoint("nobody/nothing"),
+    "fetch": lambda: fetching._fetch_repository("nobody/nothing", None),
+    "data set": lambda: rim.load_prompts("hub:nobody/nothing"),
+}
+for name, call in calls.items():
+    began = time.monotonic()
+    try:
+        call()
+    except InputError as error:
+        print(name, time.monotonic() - began < 15, constants.HF_HUB_OFFLINE, "\\n" in str(error))
+"""
+
+
+def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
+    """A proxy that nothing listens at stands for the network that is not there."""
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    extra = {**proxies, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "", "no_proxy": ""}
+    where = {"cwd": tmp_path, "env": tiny_project.environment(**extra)}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, check=False, **where
+    )
+    lines = [line.rsplit(" ", 3) for line in done.stdout.splitlines()]
+    assert lines == [
+        [name, "True", "False", "False"] for name in ("model", "small files", "fetch", "data set")
+    ], done.stderr
+    assert "Retrying" not in done.stderr
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
 def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
     from rim_core import outcomes, runner

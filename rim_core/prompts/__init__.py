@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rim_core import hub
 from rim_core.checking import shown, whole
 from rim_core.errors import InputError, first_line
 from rim_core.workspace import did_you_mean
@@ -394,7 +395,8 @@ def _from_hub(source: str) -> list[Prompt]:
     except ImportError:
         raise InputError(f"{source} needs the package `datasets`: pip install 'rim-core[hub]'") from None
     try:
-        found = load_dataset(name, config, split=split)
+        with hub.asked():
+            found = load_dataset(name, config, split=split)
     except (
         Exception
     ) as error:  # every cause (gated, offline, misspelt, several configs) reaches the user as its text
