@@ -1,6 +1,7 @@
 """Tokens by name: a string that is one token, or an id."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rim_core.checking import is_whole, listed, shown
 from rim_core.errors import InputError
@@ -18,7 +19,7 @@ def single_tokens(model: Model, tokens: Tokens) -> Named:
     Raises:
         InputError: no token, a text of several tokens, an id outside the vocabulary, or one token twice.
     """
-    given = [tokens] if isinstance(tokens, str) or is_whole(tokens) else listed(tokens, "tokens")
+    given: list[Any] = [tokens] if isinstance(tokens, str) or is_whole(tokens) else listed(tokens, "tokens")
     if not given:
         raise InputError("no tokens were named: give at least one")
     ids = [
