@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations, capture
+from rim_core.checking import listed, number, shown, whole, whole_numbers
 from rim_core.editing import Frame, MaskEdit, at, by_layer, edit_at, editing
 from rim_core.errors import InputError
 from rim_core.loading import Model
@@ -71,7 +72,10 @@ def ablate(
         InputError: components that do not exist or are named twice, or arguments that do not go together.
         IdentityError: heads are not what this model's attention output is the sum of, or padding changes its numbers.
     """
+    heads = None if heads is None else listed(heads, "heads")
+    neurons = None if neurons is None else listed(neurons, "neurons")
     _check(heads, neurons, direction, mode, reference, factor, keep_norm)
+    seed = whole(seed, "ablate: seed")
     if direction is not None:
         unit = torch.nn.functional.normalize(by_layer(model, direction), dim=-1)
         places = [(site, layer) for site in _STREAM for layer in range(model.n_layers)]
@@ -210,10 +214,9 @@ def _check(
         raise InputError(f"mode {mode!r} needs reference: texts or captured Activations (or use mode='zero')")
     if mode in ("zero", "scale") and reference is not None:
         raise InputError(f"mode {mode!r} takes no reference: leave it out, or use mode='mean' or 'resample'")
+    factor = number(factor, "factor")
     if mode != "scale" and factor != 0:
         raise InputError(f"factor is for mode 'scale', not {mode!r}: leave it out")
-    if not math.isfinite(factor):
-        raise InputError(f"factor must be a finite number, not {factor!r}")
 
 
 def _check_left(model: Model, columns: dict[tuple[str, int], list[int]]) -> None:
@@ -243,9 +246,11 @@ def _columns(
 
 def _pairs(model: Model, given: Sequence[Pair], what: str, count: int) -> list[Pair]:
     try:
-        pairs = [(int(layer), int(index)) for layer, index in given]
-    except (TypeError, ValueError):
-        raise InputError(f"{what}s must be (layer, {what}) pairs, such as [(0, 3)]") from None
+        pairs = [(whole(layer, what), whole(index, what)) for layer, index in given]
+    except (TypeError, ValueError, InputError):
+        raise InputError(
+            f"{what}s must be (layer, {what}) pairs of whole numbers, such as [(0, 3)], not {shown(given)}"
+        ) from None
     for layer, index in pairs:
         if not (0 <= layer < model.n_layers and 0 <= index < count):
             raise InputError(
@@ -272,6 +277,7 @@ def random_heads(
     Raises:
         InputError: heads or layers that do not exist, or fewer than `n` to draw from.
     """
+    n, seed = whole(n, "random_heads: n"), whole(seed, "random_heads: seed")
     pool = _pool(model, exclude, layers)
     if not 1 <= n <= len(pool):
         raise InputError(f"cannot draw {n} heads: there are {len(pool)} to draw from")
@@ -293,7 +299,8 @@ def random_sets(
     Raises:
         InputError: heads that do not exist, or fewer different sets than `n_sets`.
     """
-    if not heads:
+    n_sets, seed = whole(n_sets, "random_sets: n_sets"), whole(seed, "random_sets: seed")
+    if not len(heads):
         raise InputError("random_sets: no heads were given: pass the heads under test")
     counts = Counter(layer for layer, _ in _pairs(model, heads, "head", model.n_heads))
     if per_layer:
@@ -321,8 +328,8 @@ def _pool(model: Model, exclude: Sequence[Pair], layers: Sequence[int] | None) -
 
 
 def _layers(model: Model, layers: Sequence[int] | None) -> list[int]:
-    chosen = sorted(set(range(model.n_layers) if layers is None else layers))
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < model.n_layers:
+    chosen = sorted(set(range(model.n_layers) if layers is None else whole_numbers(layers, "layers")))
+    if not 0 <= chosen[0] <= chosen[-1] < model.n_layers:
         raise InputError(f"layers {chosen} are out of range: {model.name} has 0 to {model.n_layers - 1}")
     return chosen
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rim_core.errors import InputError
+from rim_core import checking
+from rim_core.errors import InputError, first_line
 from rim_core.identity import digest, libraries, science
 from rim_core.loading import Model
 from rim_core.sites import SITES, reading
@@ -106,9 +107,15 @@ def capture(
         InputError: unknown site, position out of range, no texts, or a `to` that exists.
         IdentityError: padding changes this model's numbers.
     """
-    wanted = (sites,) if isinstance(sites, str) else tuple(sites)
-    if unknown := [site for site in wanted if site not in SITES]:
-        raise InputError(f"unknown site {unknown[0]!r}: choose from {', '.join(SITES)}")
+    wanted = (sites,) if isinstance(sites, str) else tuple(checking.listed(sites, "capture: sites"))
+    for number, site in enumerate(wanted):
+        checking.one_of(site, SITES, "site")
+        if site in wanted[:number]:
+            raise InputError(f"capture: site {site!r} stands twice; name each once")
+    if not wanted:
+        raise InputError(f"capture: no site was named; choose from {', '.join(SITES)}")
+    if max_tokens is not None:
+        max_tokens = checking.whole(max_tokens, "capture: max_tokens", 1)
     model.require("capture", "padding")
     ids = encode(model, texts)
     picked = _positions(positions, ids)
@@ -117,7 +124,7 @@ def capture(
             "capture(cache=True) inside an intervention: the cache does not know it; use cache=False"
         )
     if cache:
-        folder = cache_dir() / "activations" / _key(model, ids, wanted, positions)
+        folder = cache_dir() / "activations" / _key(model, ids, wanted, picked)
         if not (folder / "manifest.json").is_file():
             _stream(model, ids, wanted, picked, folder, max_tokens)
         stored = open_activations(folder)
@@ -141,14 +148,14 @@ def _positions(positions: str | int | Sequence[int], ids: list[list[int]]) -> li
         if positions not in ("last", "all"):
             raise InputError(f"unknown positions {positions!r}: 'last', 'all', or whole numbers below 0")
         return -1 if positions == "last" else None
-    chosen = [positions] if isinstance(positions, int) else list(positions)
+    chosen = checking.whole_numbers(positions, "positions")
     shortest = min(map(len, ids))
     for position in chosen:
         if not -shortest <= position < 0:
             raise InputError(
                 f"position {position} is out of range: count from the end, -1 to -{shortest} here"
             )
-    return chosen[0] if isinstance(positions, int) else chosen
+    return chosen[0] if checking.is_whole(positions) else chosen
 
 
 def _key(model: Model, ids: list[list[int]], sites: tuple[str, ...], positions: Any) -> str:
@@ -213,7 +220,7 @@ def _passes(
                 values.masked_fill_(padding.unflatten(-1, (-1, 1, 1)), 0.0)
             if site == "head_z":
                 values = values.unflatten(-1, (model.n_heads, model.head_dim))
-            stacked[site] = values
+            stacked[site] = checking.finite(values, f"capture: {site}", axis, "layer")
         return stacked
 
     budget = max_tokens or token_budget(model.layout, model.device)
@@ -288,9 +295,10 @@ def _stream(
             # Another process finished the same capture first; its result is this one.
             if not (folder / "manifest.json").is_file():
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"cannot write activations to {folder}: {error.strerror or error}; free space there"
+            f"cannot write activations to {folder}: {why}; free space there, or leave out `to` and cache=True"
         ) from None
     finally:
         shutil.rmtree(working, ignore_errors=True)

@@ -1,10 +1,12 @@
 """What an adapter is and whether it can be had exactly, from its settings and its weights' header alone."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rim_core import hub
 from rim_core.checkpointfiles import hub_error, read_json, read_shapes
 from rim_core.errors import InputError, WeightsError
 from rim_core.identity import ADAPTER_FILE, file_hash
@@ -96,7 +98,8 @@ def _hub_adapter(repository: str, online: bool) -> Path | None:
 
     try:
         patterns = [SETTINGS_FILE, ADAPTER_FILE]
-        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not online))
+        with hub.asked() if online else contextlib.nullcontext():
+            return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=not online))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         if not online:
             return None

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.frames import mean_frame
 from rim_core.loading import Model
@@ -201,7 +202,7 @@ def attention_patterns(
     for rows, found in _by_batch(model, ids, read, keep):
         result[rows, -found.shape[1] :, :, :, width - found.shape[-1] :] = found
     mask = torch.arange(-width, 0)[None, :] >= -torch.tensor(lengths)[:, None]
-    single = isinstance(queries, int) or queries == "last"
+    single = checking.is_whole(queries) or (isinstance(queries, str) and queries == "last")
     return AttentionPatterns(read, tuple(chosen), result[:, 0] if single else result, mask)
 
 
@@ -234,7 +235,7 @@ def attention_to_spans(
     model.require("attention_to_spans", "padding")
     ids = encode(model, texts)
     lengths = [len(row) for row in ids]
-    if not isinstance(query, int) and query != "last":
+    if not checking.is_whole(query) and not (isinstance(query, str) and query == "last"):
         raise InputError(f"attention_to_spans: query {query!r} must be 'last' or one position below 0")
     (position,) = _queries(query, lengths)
     _check_spans(spans, lengths, position)
@@ -254,14 +255,14 @@ def attention_to_spans(
 
 
 def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list[int]:
-    if queries == "all":
+    if isinstance(queries, str) and queries == "all":
         return list(range(-max(lengths), 0))
     if isinstance(queries, str) and queries != "last":
         raise InputError(f"unknown queries {queries!r}: 'last', 'all', or whole numbers below 0")
-    chosen = [-1] if isinstance(queries, str) else [queries] if isinstance(queries, int) else list(queries)
-    if not chosen or (outside := [query for query in chosen if not -min(lengths) <= query < 0]):
+    chosen = [-1] if isinstance(queries, str) else checking.whole_numbers(queries, "queries")
+    if outside := [query for query in chosen if not -min(lengths) <= query < 0]:
         raise InputError(
-            f"query {outside[0] if chosen else ''} is out of range: count from the end, -1 to -{min(lengths)} here"
+            f"query {outside[0]} is out of range: count from the end, -1 to -{min(lengths)} here"
         )
     return chosen
 

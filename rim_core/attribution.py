@@ -7,6 +7,7 @@ measured on a sample of the pairs, each time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from rim_core import stats
 from rim_core.activations import Activations
+from rim_core.checking import is_whole, whole
 from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Metric
-from rim_core.patching import Patched, patch
+from rim_core.patching import Patched, check_scores, patch
 from rim_core.plans import Plan, Positions, Unit, make_plan, read_source, rectangle
 from rim_core.sites import pick
 from rim_core.tracing import pad_left, run_batches, token_budget
@@ -66,10 +68,7 @@ def attribution_patch(
     Raises:
         InputError, IdentityError: as `patch`; or a metric without a gradient.
     """
-    if not isinstance(sample, int) or sample < 1:
-        raise InputError(
-            f"sample must be a whole number of at least 1, not {sample!r}: it measures the approximation"
-        )
+    sample = whole(sample, "sample", 1)
     plan = make_plan(
         model, source, destination, components, metric, layers, positions, source_positions, units
     )
@@ -84,6 +83,7 @@ def attribution_patch(
         effects[rows], clean[rows] = approximate, was
         if source_score is not None:
             original[rows] = source_score
+    check_scores(plan, clean, original, effects)
     effects = plan.shaped(effects)
     drawn = stats.derive_generator(seed, "attribution").permutation(len(destination))[:sample]
     chosen = sorted(int(pair) for pair in drawn)
@@ -187,9 +187,10 @@ def _subset(source: Sequence[str] | Activations, chosen: list[int]) -> Sequence[
 
 
 def _subset_positions(positions: Positions, chosen: list[int]) -> Positions:
-    if isinstance(positions, str | int) or isinstance(positions[0], int):
+    if isinstance(positions, str) or is_whole(positions):
         return positions
-    return [positions[pair] for pair in chosen]  # type: ignore[return-value]
+    rows: Any = positions
+    return positions if is_whole(rows[0]) else [rows[pair] for pair in chosen]
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from rim_core.checking import whole
 from rim_core.errors import InputError
 from rim_core.judges import Judge, rate_of_finished, resolve, verdicts
 from rim_core.judges import is_refusal as is_refusal
@@ -60,10 +61,8 @@ def generate(
         InputError: no texts, or one that with its answer is longer than the model's context.
         IdentityError: padding changes this model's numbers.
     """
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
-    if max_batch < 1:
-        raise InputError(f"max_batch must be at least 1, not {max_batch}")
+    max_new_tokens = whole(max_new_tokens, "max_new_tokens", 1)
+    max_batch = whole(max_batch, "max_batch", 1)
     model.require("generate", "padding")
     texts = checked(texts)
     ids = encode(model, texts, max_new_tokens)

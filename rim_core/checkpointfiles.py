@@ -1,5 +1,6 @@
 """What a checkpoint is, from its small files and its weights' headers alone: no weight is read, torch not loaded."""
 
+import contextlib
 import json
 import struct
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rim_core import weights
+from rim_core import hub, weights
 from rim_core.errors import InputError, WeightsError
 from rim_core.sizing import Size
 from rim_core.suitefile import Suite, is_local
@@ -174,11 +175,12 @@ def _hub_folder(repository: str, revision: str | None, online: bool) -> Path | N
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=_SMALL_FILES, local_files_only=not online
+        with hub.asked() if online else contextlib.nullcontext():
+            return Path(
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=_SMALL_FILES, local_files_only=not online
+                )
             )
-        )
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         if not online:
             return None
@@ -190,7 +192,8 @@ def _hub_shapes(repository: str, revision: str | None) -> dict[str, tuple[int, .
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
-        metadata = get_safetensors_metadata(repository, revision=revision)
+        with hub.asked():
+            metadata = get_safetensors_metadata(repository, revision=revision)
     except NotASafetensorsRepoError:
         raise InputError(
             f"{repository} has no safetensors weights (pickled ones are not read): choose another repository"

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -10,15 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rim_core import __version__, suitecommand, workspace
-from rim_core.console import table
+from rim_core import __version__, streams, suitecommand, workspace
+from rim_core.console import print_json, table
 from rim_core.errors import InputError, RimError, RunError
 
 _EXAMPLES = """examples:
   rim doctor                                    what this machine has and can run
   rim run                                       run every notebook that is not up to date
   rim run self_aware/01_linear_probes           run one
-  rim run self_aware -p seed=1 -p n_prompts=50  run a section with other parameters
+  rim run self_aware/01_linear_probes -p n_prompts=50 -p 'seeds=[5, 6, 7]'
+                                                with other parameters; lists are written as JSON
   rim run --suite my-model                      run everything on another model: see rim run --help
   rim book                                      run what is not up to date, then build the book
   rim claims                                    what became of each claim of the papers
@@ -34,7 +34,7 @@ _RUN_EXAMPLES = """on your own model, from a folder or the hub:
   rim book --suite smollm2 --suite my-model
 
 examples:
-  rim run self_aware/01_linear_probes -p seed=1
+  rim run self_aware/01_linear_probes -p n_prompts=50
   rim run self_aware -p 'seeds=[5, 6, 7]'       lists are written as JSON
   rim run self_aware/01_linear_probes --list    its parameters
 """
@@ -50,26 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
     try:
-        with _ends_cleanly_on_sigterm():
-            status: int = options.command(options)
-            sys.stdout.flush()
-            return status
+        with streams.guarded(), _ends_cleanly_on_sigterm():
+            return _command(arguments)
+    except streams.ClosedError:
+        return 141  # as of a program that a closed pipe ended (128 + SIGPIPE)
+
+
+def _command(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(arguments)
+        status: int = options.command(options)
+        sys.stdout.flush()
+        return status
+    except SystemExit as ended:  # --help, --version, or a command line that cannot be read
+        sys.stdout.flush()
+        return int(ended.code or 0)
     except RimError as error:
         return _fail(f"rim: {error}", error.exit_code)
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt.__context__, _Terminated) or isinstance(interrupt, _Terminated)
         return _fail(f"rim: {str(interrupt) or 'interrupted'}", 143 if terminated else 130)
-    except BrokenPipeError:
-        # The reader of a pipe (`rim claims | head`) went away; Python must not complain at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _fail(message: str, status: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
-        print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     return status
 
 
@@ -140,7 +145,7 @@ def _add_run(commands: Any) -> None:
         action="append",
         default=[],
         metavar="key=value",
-        help="set a notebook's parameter",
+        help="set a parameter of every notebook named; a file is meant from where you stand",
     )
     run.add_argument("--force", action="store_true", help="run even what is up to date")
     run.add_argument("--list", action="store_true", help="list the notebooks, run nothing")
@@ -183,7 +188,8 @@ def _add_claims(commands: Any) -> None:
         "claims",
         help="what became of each claim of the papers",
         description="Print each claim's outcome for each suite with results. Only runs with the notebooks' "
-        "own parameters count; a missing run is 'not tested', never a pass.",
+        "own parameters count; a missing run is 'not tested', never a pass. One whose notebook, code, model or rules "
+        "changed since is marked as stale.",
     )
     _add_suite(claims, default=None)
     claims.add_argument("--json", action="store_true", help="export as JSON")
@@ -276,9 +282,11 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     from rim_core import runner
 
+    # Before weights are fetched or torch is loaded: a slip of the pen is told at once.
+    runner.check(options.notebooks, options.suite, overrides)
     if options.plan:
         planned = runner.plan(options.notebooks, options.suite, overrides)
-        print(json.dumps(planned, indent=1, ensure_ascii=False))
+        print_json(planned)
         return 0
     if options.remote:
         from rim_core import remote
@@ -368,20 +376,22 @@ def _book(options: argparse.Namespace) -> int:
 
 
 def _claims(options: argparse.Namespace) -> int:
-    from rim_core import outcomes
+    from rim_core import outcomes, runner
 
     if options.suite:
         workspace.suite_file(options.suite)
-    root = workspace.root()
-    rows = outcomes.scorecard(workspace.results_dir(root), [options.suite] if options.suite else None)
+    rows = runner.scorecard(workspace.root(), [options.suite] if options.suite else None)
     if options.json:
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
         return 0
     for row in rows:
         shown = outcomes.SYMBOLS[row["outcome"]] + " " + row["outcome"].replace("_", " ")
+        shown += {True: ", stale", False: "", None: ", perhaps stale"}[row["stale"]]
         print(f"{row['paper']} {row['claim']}  {row['suite']}  {shown}")
         print(f"    {row['statement']}")
         print(f"    {row['reason']}; published: {row['published'] or 'no number'}")
+        if stale := runner.stale_text(row):
+            print(f"    {stale}")
     print(_count(rows))
     return 0
 
@@ -415,7 +425,10 @@ def _count(rows: Sequence[Mapping[str, Any]]) -> str:
 
     states = [row["outcome"] for row in rows]
     counted = ", ".join(f"{states.count(s)} {s.replace('_', ' ')}" for s in SYMBOLS if s in states)
-    return f"in all: {counted}" if rows else "no claims in book/claims"
+    stale = [row["stale"] for row in rows]
+    told = [f"{stale.count(True)} of them stale"] if True in stale else []
+    told += [f"of {stale.count(None)} not known whether stale"] if None in stale else []
+    return f"in all: {'; '.join([counted, *told])}" if rows else "no claims in book/claims"
 
 
 def _organisms_list(options: argparse.Namespace) -> int:

@@ -1,5 +1,7 @@
 """What commands print."""
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,3 +15,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that stays JSON whatever characters the output can write."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=1, ensure_ascii=not unicode, allow_nan=False))

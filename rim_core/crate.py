@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from rim_core import __version__, figuredata, folders, locks, outcomes, workspace
+from rim_core import __version__, figuredata, folders, locks, outcomes, runner, workspace
 from rim_core.errors import InputError, RimError
 
 DESCRIPTOR = "ro-crate-metadata.json"
@@ -68,7 +68,9 @@ def _runs(project: Path, suites: Sequence[str] | None) -> dict[str, list[Path]]:
     for suite in suites or sorted(path.name for path in results.glob("*") if path.is_dir()):
         folder = results / workspace.suite_name(suite)
         runs = sorted(path.parent for path in folder.glob("*/*/*/run.json"))
-        found[suite] = [run for run in runs if not run.name.startswith(".")]
+        found[suite] = [
+            run for run in runs if not run.name.startswith(".") and outcomes.read_record(run / "run.json")
+        ]
         if suites and not found[suite]:
             workspace.suite_file(suite)
             raise InputError(f"suite {folder.name} has no results to export; rim run --suite {suite}")
@@ -92,7 +94,7 @@ def _fill(folder: Path, project: Path, runs: Mapping[str, list[Path]]) -> None:
     from rim_core.execution import scrubber
 
     results = workspace.results_dir(project)
-    rows = outcomes.scorecard(results, list(runs))
+    rows = runner.scorecard(project, list(runs))
     _write(folder / CLAIMS, rows)
     clean = scrubber(project)
     files = [_file(folder, CLAIMS, "Every claim's outcome, for every suite in this crate")]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rim_core.checking import shown, whole_numbers
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import SITES, tensor_of
@@ -69,25 +70,29 @@ def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
     Raises:
         InputError: any other word, or a position that is not below 0.
     """
-    if wanted == "all":
+    if isinstance(wanted, str) and wanted == "all":
         return torch.ones_like(positions, dtype=torch.bool)
-    if wanted == "answer":
+    if isinstance(wanted, str) and wanted == "answer":
         return positions >= -1
-    chosen: Sequence[Any] = [-1] if wanted == "last" else [wanted]
-    if isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        chosen = wanted
-    if not chosen or not all(isinstance(p, int) and p < 0 for p in chosen):
-        raise InputError(
-            f"unknown positions {wanted!r}: 'last', 'all', 'answer', or whole numbers below 0 (-1 is the last token)"
+    try:
+        chosen = (
+            [-1]
+            if isinstance(wanted, str) and wanted == "last"
+            else whole_numbers(wanted, "positions", high=-1)
         )
-    return torch.isin(positions, torch.tensor(list(chosen), device=positions.device))
+    except InputError:
+        raise InputError(
+            f"unknown positions {shown(wanted)}: 'last', 'all', 'answer', or whole numbers below 0 (-1 is the last "
+            "token)"
+        ) from None
+    return torch.isin(positions, torch.tensor(chosen, device=positions.device))
 
 
 def edit_at(
     positions: str | int | Sequence[int], site: str, layer: int, change: Callable[[Tensor], Tensor]
 ) -> Edit:
     """An edit that puts `change(values)` at the chosen positions (see `at`) and leaves the others as they are."""
-    if positions == "all":
+    if isinstance(positions, str) and positions == "all":
         return Edit(site, layer, lambda values, _: change(values))
     at(torch.tensor([[-1]]), positions)  # what it cannot mean is refused here, not in the first pass
 

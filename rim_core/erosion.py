@@ -125,7 +125,7 @@ def erosion_fraction(
         shapes = ", ".join(f"{name} {shape_of(value)}" for name, value in models.items())
         raise InputError(f"erosion_fraction: {shapes}; give the same [prompt, layer, d] for all three")
     n = len(models["base"])
-    codes = stats.group_codes(groups, n, "erosion_fraction")
+    codes = stats.group_codes(groups, n)
     everything = np.arange(n)
     if direction is not None:
         if direction.shape != base.shape[1:]:
@@ -136,7 +136,7 @@ def erosion_fraction(
         unit = normalised(checked(direction, "erosion_fraction: direction"), "erosion_fraction: direction")
         same_data = None
     else:
-        fit, held_out = stats.split(n, holdout, codes, seed, "erosion_fraction")
+        fit, held_out = stats.split(n, holdout, codes, seed, salt="erosion_fraction")
         unit = _shift(models, fit)
         same_data = _erosion(models, _shift(models, everything), everything, codes, seed)[0]
     fraction, projections = _erosion(models, unit, held_out, codes, seed)

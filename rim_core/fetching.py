@@ -1,6 +1,6 @@
 """Fetch all that a suite loads, ahead of its runs: machines that run notebooks may have no network."""
 
-from rim_core import weights
+from rim_core import hub, weights
 from rim_core.checkpointfiles import hub_error
 from rim_core.suitefile import Suite, is_local, load_suite
 
@@ -34,6 +34,9 @@ def _fetch_repository(repository: str, revision: str | None) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        snapshot_download(repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        with hub.asked():
+            snapshot_download(
+                repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise hub_error(repository, error) from None

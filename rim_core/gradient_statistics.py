@@ -166,7 +166,7 @@ def labelled(labels: Sequence[object], pairs: Groups, n: int, tool: str) -> Labe
     Raises:
         InputError: not one label or pair an example, or too few examples of a label.
     """
-    codes = stats.group_codes(labels, n, tool)
+    codes = stats.group_codes(labels, n)
     given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     names = tuple(str(given[first]) for first in np.unique(codes, return_index=True)[1])
     counts = np.bincount(codes)
@@ -174,7 +174,7 @@ def labelled(labels: Sequence[object], pairs: Groups, n: int, tool: str) -> Labe
         raise InputError(
             f"{tool}: label {names[counts.argmin()]!r} has {counts.min()} examples; give at least {FEWEST_EXAMPLES}"
         )
-    return Labelled(names, codes, stats.group_codes(pairs, n, tool), pairs is not None)
+    return Labelled(names, codes, stats.group_codes(pairs, n), pairs is not None)
 
 
 def compare(gram: Floats, examples: Labelled, seed: int, about: str) -> GradientCosines:

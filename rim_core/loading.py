@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from rim_core import checks as identity_checks
-from rim_core import placement, sites, suitecheck, tracing, weights
+from rim_core import hub, placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
 from rim_core.adapterfiles import adapter_folder
 from rim_core.adapters import Swap, attach, put_in, quiet, take_out
+from rim_core.checking import whole_numbers
 from rim_core.errors import InputError, RimWarning, WeightsError, first_line
 from rim_core.identity import adapter_identity, checkpoint_identity, digest, file_hash, hub_identity
 from rim_core.suitefile import Role, Suite, base_identity, is_local, load_suite
@@ -139,9 +140,9 @@ class Model:
         Raises:
             InputError: no layer, or one that there is not.
         """
-        chosen = tuple(range(lowest, self.n_layers)) if layers is None else tuple(layers)
-        if not chosen:
-            raise InputError("no layers were named: give at least one layer, or None for all")
+        if layers is None:
+            return tuple(range(lowest, self.n_layers))
+        chosen = tuple(whole_numbers(layers, "layers"))
         if wrong := [layer for layer in chosen if not lowest <= layer < self.n_layers]:
             raise InputError(
                 f"layer {wrong[0]} is out of range: {self.name} has layers {lowest} to {self.n_layers - 1}"
@@ -526,7 +527,7 @@ def _load_checkpoint(
         config = BitsAndBytesConfig(load_in_8bit=True)
     where = {"revision": revision} if revision else {}
     try:
-        with quiet():
+        with quiet(), contextlib.nullcontext() if is_local(folder) else hub.asked():
             tokenizer = _tokenizer(folder, where)
             hf = AutoModelForCausalLM.from_pretrained(
                 folder,

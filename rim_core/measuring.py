@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations, capture
+from rim_core.checking import whole_numbers
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.texts import checked, encode
@@ -34,12 +35,10 @@ def measure(
     """
     texts = checked(texts)
     lengths = [len(row) for row in encode(model, texts)]
-    if positions == "all":
+    if isinstance(positions, str) and positions == "all":
         listed, kept = tuple(range(-max(lengths), 0)), lengths
     else:
-        chosen = (
-            [-1] if isinstance(positions, str) else [positions] if isinstance(positions, int) else positions
-        )
+        chosen = [-1] if isinstance(positions, str) else whole_numbers(positions, "positions")
         listed, kept = tuple(chosen), [len(chosen)] * len(lengths)
     a_token = len(sites) * model.n_layers * max(model.d_model, model.n_heads * model.head_dim)
     result: dict[str, Tensor] = {}

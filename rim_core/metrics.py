@@ -109,7 +109,18 @@ def bind(model: Model, metric: Metric) -> Bound:
     if isinstance(metric, Projection | ProbeScore | LogitDifference):
         return metric.bind(model)
     if callable(metric):
-        return Bound("resid_post", model.n_layers - 1, metric, "metric")
+
+        def score(state: Tensor) -> Tensor:
+            found = metric(state)
+            if not isinstance(found, Tensor) or found.shape != state.shape[:-1]:
+                got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
+                raise InputError(
+                    f"the metric maps states {list(state.shape)} to {got}: it must give a tensor with one number a "
+                    f"state, {list(state.shape[:-1])}"
+                )
+            return found
+
+        return Bound("resid_post", model.n_layers - 1, score, "metric")
     raise InputError(f"{metric!r} is no metric: give Projection, LogitDifference, ProbeScore or a function")
 
 
@@ -130,7 +141,7 @@ def _vector(values: Any, width: int, what: str) -> Tensor:
 
 
 def _linear(model: Model, site: str, layer: int, weights: Tensor, bias: float, title: str) -> Bound:
-    model.checked_layers([layer], lowest=-model.n_layers)
+    (layer,) = model.checked_layers([layer], lowest=-model.n_layers)
 
     def score(values: Tensor) -> Tensor:
         return values.float() @ weights.to(values.device) + bias

@@ -7,12 +7,14 @@ did not do what it must. A missing run is never a pass.
 
 import html
 import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rim_core import workspace
+from rim_core import checking, workspace
 from rim_core.claimfile import Claim, load_claims
 from rim_core.errors import InputError
 from rim_core.missing import how_to_build
@@ -31,6 +33,7 @@ __all__ = [
     "load_claims",
     "missing_roles",
     "number_text",
+    "read_record",
     "read_run",
     "scorecard",
 ]
@@ -256,7 +259,7 @@ def _check_names(claim: Claim, values: Values, controls: Mapping[str, Any], inte
             raise InputError(f"{at}: {name}: a list over seeds is needed; got {type(row).__name__}")
     _check_pairing(at, claim, rows, controls)
     if interval is not None:
-        _check_interval(at, claim, interval)
+        _check_interval(at, claim, rows, interval)
 
 
 def _check_pairing(at: str, claim: Claim, rows: Mapping[str, Any], controls: Mapping[str, Any]) -> None:
@@ -276,7 +279,7 @@ def _check_pairing(at: str, claim: Claim, rows: Mapping[str, Any], controls: Map
             raise InputError(f"{at}: rows compared seed by seed need the same seeds; got {told}")
 
 
-def _check_interval(at: str, claim: Claim, interval: Any) -> None:
+def _check_interval(at: str, claim: Claim, rows: Mapping[str, Any], interval: Any) -> None:
     kind = claim.rule["kind"]
     parts = {"": kind}
     if kind == "all":
@@ -287,9 +290,20 @@ def _check_interval(at: str, claim: Claim, interval: Any) -> None:
             raise InputError(f"{at}: interval: give (low, high) for {', '.join(parts) or 'the one value'}")
         if parts[name] in ("order", "better_than_control"):
             raise InputError(f"{at}: interval: rule {parts[name]} makes its own, of differences by seed")
-        low, high = (finite(v) for v in pair)
+        ends = checking.listed(pair, f"{at}: interval")
+        low, high = (finite(v) for v in ends) if len(ends) == 2 else (None, None)
         if low is None or high is None or low > high:
-            raise InputError(f"{at}: interval: {tuple(pair)} is not (low, high)")
+            raise InputError(f"{at}: interval: {checking.shown(tuple(ends))} is not (low, high)")
+        given = [finite(value) for value in rows[name or str(claim.metric["name"])]]
+        numbers = [value for value in given if value is not None]
+        if not numbers or len(numbers) < len(given):
+            continue  # no numbers to compare with: `judge` says so
+        mean, slack = math.fsum(numbers) / len(numbers), 1e-9 * max(1.0, abs(low), abs(high))
+        if not low - slack <= mean <= high + slack:
+            raise InputError(
+                f"{at}: interval: {name or claim.metric['name']} has the value {mean:.4g}, outside its interval "
+                f"({low:.4g}, {high:.4g}); give the interval of this value"
+            )
 
 
 # --- recording, in a notebook -------------------------------------------------------------------------
@@ -430,18 +444,44 @@ def _row(claim: Claim, suite: str, results_dir: Path) -> dict[str, Any]:
 
 def read_run(folder: Path, claim: Claim) -> tuple[str | None, dict[str, Any] | None, str]:
     """Give a notebook's default run: its key, what it recorded for the claim, and its error if it failed."""
-    if error := _read_json(folder / "failed" / "default" / "error.json"):
+    if error := read_record(folder / "failed" / "default" / "error.json"):
         return error.get("run_key"), None, f"{error.get('ename', 'error')}: {error.get('evalue', '')}"[:200]
-    run = _read_json(folder / "default" / "run.json")
+    run = read_record(folder / "default" / "run.json")
     rows = _read_json(folder / "default" / "claims.json")
     if not run or not isinstance(rows, list):
         return None, None, ""
-    mine = (row for row in rows if row.get("paper") == claim.paper and row.get("claim_id") == claim.id)
+    found = [row for row in rows if isinstance(row, dict)]
+    mine = (row for row in found if row.get("paper") == claim.paper and row.get("claim_id") == claim.id)
     return run.get("run_key"), next(mine, None), ""
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Give the record of a run (`run.json`) or of a failure (`error.json`); None where there is none.
+
+    A file that holds something else counts as no run, and one line on standard error says so.
+    """
+    if not path.is_file():
+        return None
+    data = _read_json(path)
+    if isinstance(data, dict) and isinstance(
+        data.get("ename" if path.name == "error.json" else "run_key"), str
+    ):
+        return data
+    if path not in _TOLD:
+        _TOLD.add(path)
+        where = "/".join(path.parts[-6:])
+        print(
+            f"rim: {where} is no record of a run, and counts as none; run that notebook again",
+            file=sys.stderr,
+        )
+    return None
+
+
+_TOLD: set[Path] = set()
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations
+from rim_core.checking import finite, whole
 from rim_core.errors import InputError
 from rim_core.frames import mean_frame
 from rim_core.loading import Model
@@ -143,6 +144,8 @@ def patch(
     plan = make_plan(
         model, source, destination, components, metric, layers, positions, source_positions, units
     )
+    if max_tokens is not None:
+        max_tokens = whole(max_tokens, "patch: max_tokens", 1)
     from tqdm import tqdm
 
     effects = torch.empty(len(destination), len(plan.runs))
@@ -165,9 +168,20 @@ def patch(
             if source_score is not None:
                 original[rows] = source_score
             bar.update(len(rows))
+    check_scores(plan, clean, original, effects)
     return Patched(
         components, plan.metric.title, plan.shaped(effects), clean, original, plan.layers, plan.units
     )
+
+
+def check_scores(plan: Plan, clean: Tensor, source: Tensor, effects: Tensor) -> None:
+    """Raise InputError where a run's metric is NaN or infinite, naming the run's pair, or its layer."""
+    name = plan.metric.title
+    finite(clean, f"the {name} of the destination runs", 0, "pair")
+    if plan.source_ids is not None:
+        finite(source, f"the {name} of the source runs", 0, "pair")
+    starts = [run.start for run in plan.runs]
+    finite(effects, f"the {name} of the runs with patched {plan.components}", 1, "layer", starts)
 
 
 @torch.no_grad()

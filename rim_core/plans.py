@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations
+from rim_core.checking import is_whole, listed, shown, whole_numbers
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Bound, Metric, bind
@@ -92,7 +93,7 @@ def make_plan(
         if len(a) != len(b):
             hint = (
                 "'all' needs pairs of equal length in tokens; patch the last token, or name positions"
-                if positions == "all"
+                if isinstance(positions, str) and positions == "all"
                 else "name as many positions in the source as in the destination"
             )
             raise InputError(
@@ -133,20 +134,19 @@ def _per_pair(positions: Positions, ids: list[list[int]], what: str) -> list[lis
         if positions not in ("last", "all"):
             raise InputError(f"unknown {what} {positions!r}: 'last', 'all', or whole numbers below 0")
         return [[-1] if positions == "last" else list(range(-len(row), 0)) for row in ids]
-    if isinstance(positions, int):
-        found = [[positions]] * len(ids)
-    elif positions and not isinstance(positions[0], int):
-        found = [list(row) for row in positions]  # type: ignore[arg-type]
+    rows = [positions] if is_whole(positions) else listed(positions, what)
+    if not rows or is_whole(rows[0]):
+        found = [whole_numbers(rows, what)] * len(ids)
+    elif len(rows) == len(ids):
+        found = [whole_numbers(row, f"{what}, text {text}") for text, row in enumerate(rows)]
     else:
-        found = [list(positions)] * len(ids)  # type: ignore[arg-type]
-    if len(found) != len(ids):
-        raise InputError(f"{what}: {len(found)} lists for {len(ids)} texts; give one for each")
+        raise InputError(f"{what}: {len(rows)} lists for {len(ids)} texts; give one for each")
     for text, (row, tokens) in enumerate(zip(found, ids, strict=True)):
-        bad = [p for p in row if not isinstance(p, int) or not -len(tokens) <= p < 0]
-        if bad or not row:
-            what_is = f"position {bad[0]} is" if bad else "no positions are"
+        bad = [p for p in row if not -len(tokens) <= p < 0]
+        if bad:
             raise InputError(
-                f"{what}, text {text}: {what_is} in its {len(tokens)} tokens; count from the end, -1 is the last"
+                f"{what}, text {text}: position {bad[0]} is in its {len(tokens)} tokens; count from the end, -1 is "
+                "the last"
             )
     return found
 
@@ -175,13 +175,24 @@ def _runs(
         raise InputError(
             "units name heads or neurons and their layers: use them with those components, without layers"
         )
-    if not units:
+    given = listed(units, "units")
+    if not given:
         raise InputError("units is empty: name at least one")
-    named = tuple(tuple(u) if isinstance(u[0], int) else tuple(map(tuple, u)) for u in units)  # type: ignore[arg-type]
+    named = tuple(_unit(unit, components[:-1]) for unit in given)
     runs = []
     for unit in named:
         runs.append(Run(tuple(_joined([_columns(model, components, member) for member in members(unit)]))))
     return tuple(run.start for run in runs), runs, named
+
+
+def _unit(given: Any, what: str) -> Any:
+    """One head or neuron as `(layer, index)`, or several of them."""
+    parts = listed(given, f"units: each unit, (layer, {what}) or a list of these,")
+    if not parts:
+        raise InputError(f"units: a unit is empty; name (layer, {what}), or a list of these")
+    if is_whole(parts[0]):
+        return tuple(whole_numbers(parts, f"unit {shown(given)}"))
+    return tuple(_unit(part, what) for part in parts)
 
 
 def members(unit: Any) -> Sequence[Unit]:

@@ -492,7 +492,7 @@ def _checked(features: Any, labels: Any, groups: Groups) -> tuple[NDArray, Ints,
     y = given.astype(np.int64)
     if len(values) < 2:
         raise InputError(f"probe_layers: every label is {y[0]}; a probe needs prompts of both kinds")
-    return data, y, None if groups is None else stats.group_codes(groups, len(y), "probe_layers")
+    return data, y, None if groups is None else stats.group_codes(groups, len(y))
 
 
 def _as_array(values: Any) -> NDArray:

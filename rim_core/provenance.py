@@ -32,7 +32,6 @@ _PACKAGES = (
     "numpy",
     "scipy",
     "scikit-learn",
-    "statsmodels",
     "pandas",
     "altair",
     "papermill",

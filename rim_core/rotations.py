@@ -183,8 +183,8 @@ class _Alignment:
                 f"procrustes: source {shape_of(x)}, target {shape_of(y)}; give the same [prompt, d] for both"
             )
         self.seed, self.method = seed, "percentile bootstrap" if groups is None else "bootstrap over groups"
-        self.codes = stats.group_codes(groups, len(x), "procrustes")
-        self.fit, self.held_out = stats.split(len(x), holdout, self.codes, seed, "procrustes")
+        self.codes = stats.group_codes(groups, len(x))
+        self.fit, self.held_out = stats.split(len(x), holdout, self.codes, seed, salt="procrustes")
         self.basis, _ = principal([x, y], self.fit, rank)
         if rank is not None and not 1 <= rank <= self.basis.shape[1]:
             raise InputError(

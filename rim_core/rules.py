@@ -201,7 +201,3 @@ def finite(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _pair(bounds: Any) -> Bounds | None:
-    return (float(bounds[0]), float(bounds[1])) if bounds is not None else None

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,9 +56,8 @@ def run(
     take as long as it needs. Progress goes to stderr.
     """
     project = project or places.root()
-    places.suite_file(suite)
-    chosen = notebooks.resolve(project, names)
-    checked = {name: _overrides_of(project, name, overrides or {}) for name in chosen}
+    checked = check(names, suite, overrides, project)
+    chosen = list(checked)
     folders.sweep(places.results_dir(project))
     results: dict[str, Result] = {}
     for patient in (False, True):
@@ -81,6 +81,21 @@ def run(
     return [results[name] for name in chosen]
 
 
+def check(
+    names: Sequence[str],
+    suite: str = places.DEFAULT_SUITE,
+    overrides: Mapping[str, Any] | None = None,
+    project: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Give the notebooks that `run` would go through, each with its overrides converted; nothing is loaded.
+
+    Raises `InputError` for a suite, a notebook, a parameter or a value that is not usable.
+    """
+    project = project or places.root()
+    places.suite_file(suite)
+    return {name: _overrides_of(project, name, overrides or {}) for name in notebooks.resolve(project, names)}
+
+
 def plan(
     names: Sequence[str], suite: str = places.DEFAULT_SUITE, overrides: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
@@ -90,10 +105,8 @@ def plan(
     "not applicable". Raises `InputError` as `run` does.
     """
     project = places.root()
-    places.suite_file(suite)
-    chosen = notebooks.resolve(project, names)
-    checked = {name: _overrides_of(project, name, overrides or {}) for name in chosen}
-    return [_planned(project, name, suite, checked[name]) for name in chosen]
+    checked = check(names, suite, overrides, project)
+    return [_planned(project, name, suite, found) for name, found in checked.items()]
 
 
 def _planned(project: Path, name: str, suite: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,11 +175,39 @@ def last_run(project: Path, notebook: str, suite: str) -> str:
     folder = run_folder(project, notebook, suite, {})
     if (folder.parent / "failed" / "default").is_dir():
         return "failed"
-    try:
-        finished = json.loads((folder / "run.json").read_text(encoding="utf-8"))["finished"]
-    except (OSError, ValueError, KeyError):
-        return "not run"
-    return f"run {str(finished)[:10]}"
+    record = outcomes.read_record(folder / "run.json")
+    return f"run {str(record.get('finished', '?'))[:10]}" if record else "not run"
+
+
+def scorecard(project: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Give the rows of `outcomes.scorecard`, each with `stale`: whether what its run rests on has changed since.
+
+    A stale outcome is of another notebook, code, model, rule or version than those there are now. None where that
+    cannot be told, as the suite's file is not to be found; False where there is no run.
+    """
+    keys: dict[tuple[str, str], str | None] = {}
+    rows = outcomes.scorecard(places.results_dir(project), suites)
+    named = {places.suite_name(suite): suite for suite in suites or ()}
+    for row in rows:
+        at = row["notebook"], named.get(row["suite"], row["suite"])
+        if row["run_key"] is None:
+            row["stale"] = False
+            continue
+        if at not in keys:
+            try:
+                keys[at] = run_key(project, *at, {})[0]
+            except RimError:
+                keys[at] = None
+        row["stale"] = None if keys[at] is None else row["run_key"] != keys[at]
+    return rows
+
+
+def stale_text(row: Mapping[str, Any]) -> str:
+    """Say of a row of `scorecard` in a sentence that its run is stale, or may be; nothing where it is current."""
+    if row["stale"] is None:
+        return "Stale or not is not known: the suite's file is not to be found."
+    again = f"rim run {row['notebook']} --suite {row['suite']}"
+    return f"Stale: what the run rests on has changed since; {again}" if row["stale"] else ""
 
 
 # --- one notebook ---------------------------------------------------------------------------------------
@@ -266,10 +307,10 @@ def _execute(
 def _overrides_of(project: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     known = notebooks.parameters(name, notebooks.read_source(project, name))
     if not places.remote_asked():
-        return notebooks.check_overrides(name, known, given)
+        return notebooks.check_overrides(name, known, given, project)
     # Nothing is packed there. The mark keeps results and run keys apart from those of this machine.
     unpacked = {"quantization": "none"} if "quantization" in known else {}
-    return {**notebooks.check_overrides(name, known, {**unpacked, **given}), "remote": "NDIF"}
+    return {**notebooks.check_overrides(name, known, {**unpacked, **given}, project), "remote": "NDIF"}
 
 
 def _claims_of(project: Path, notebook: str) -> list[outcomes.Claim]:
@@ -296,9 +337,8 @@ def _suite_for_kernel(project: Path, suite: str) -> str:
 
 
 def _is_up_to_date(folder: Path, key: str) -> bool:
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    record = outcomes.read_record(folder / "run.json")
+    if record is None:
         return False
     complete = all((folder / name).is_file() for name in ("notebook.ipynb", "claims.json"))
     failed_since = folders.failed(folder).is_dir()
@@ -341,7 +381,17 @@ def _now() -> str:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(_json_value(value), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _json_value(value: Any) -> Any:
+    """A value as every reader of JSON takes it: what a cell showed that is no finite number becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def latent_correlations(
     latents = latents[:, tested]
     frequency = (latents > 0).double().mean(0).cpu().numpy()
     units = normalize(latents - latents.mean(0), dim=0)
-    codes = None if groups is None else stats.group_codes(groups, n, "latent_correlations")
+    codes = None if groups is None else stats.group_codes(groups, n)
     rng = stats.derive_generator(seed, "sae", "permutations")
     orders = [np.arange(n), *(_shuffled(codes, n, rng) for _ in range(n_permutations))]
     r, null_max = _correlations(wanted, orders, units)

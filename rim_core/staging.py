@@ -16,6 +16,7 @@ import nbformat
 
 from rim_core import runcard, runner
 from rim_core.errors import InputError
+from rim_core.outcomes import read_record
 from rim_core.workspace import DEFAULT_SUITE, suite_file, suite_name, suite_names
 
 STAGED = Path("book/experiments")
@@ -23,6 +24,9 @@ STAGED = Path("book/experiments")
 SUITES = STAGED / "suites.json"
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 _LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
+# What ECMA-48 calls control sequences; then the control characters that no page may hold, and halves of characters.
+_COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|/|#)([^()\s#]+\.(?:md|ipynb))")
 
 
@@ -95,13 +99,12 @@ def _from(project: Path, suite: str) -> str:
 
 
 def _status(project: Path, notebook: str, suite: str) -> str:
-    if (_failed_folder(project, notebook, suite) / "error.json").is_file():
+    if read_record(_failed_folder(project, notebook, suite) / "error.json"):
         return "failed"
-    run = _run_folder(project, notebook, suite) / "run.json"
-    if not run.is_file():
+    record = read_record(_run_folder(project, notebook, suite) / "run.json")
+    if record is None:
         return "not applicable" if runner.lacking_roles(project, notebook, suite) else "not run"
-    record = _read_json(run)
-    current, _ = runner.run_key(project, notebook, suite, record["overrides"])
+    current, _ = runner.run_key(project, notebook, suite, record.get("overrides", {}))
     return "ok" if record["run_key"] == current else "stale"
 
 
@@ -114,16 +117,12 @@ def _failed_folder(project: Path, notebook: str, suite: str) -> Path:
     return folder.parent / "failed" / folder.name
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.NotebookNode:
     folder = _run_folder(project, page.notebook, page.suite)
     if page.status in ("ok", "stale"):
         notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
         card = runcard.card(
-            page.notebook, page.suite, _read_json(folder / "run.json"), page.status == "stale"
+            page.notebook, page.suite, read_record(folder / "run.json") or {}, page.status == "stale"
         )
         cells = list(_as_run(notebook.cells, page))
     else:
@@ -187,13 +186,28 @@ def _clean(cell: nbformat.NotebookNode, number: int) -> nbformat.NotebookNode:
     tags = cell.metadata.get("tags", [])
     cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
     cell.id = f"cell-{number}"
+    cell.source = _printable(cell.source)
     if cell.cell_type == "code":
         cell.execution_count = None
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [_printable(output) for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = None
     return cell
+
+
+def _printable(value: Any) -> Any:
+    """Make what a cell printed fit for a page: terminal colours go, other control characters become signs."""
+    if isinstance(value, str):
+        return _CONTROL.sub(_sign, _COLOURS.sub("", value))
+    if isinstance(value, dict):
+        return nbformat.from_dict({key: _printable(item) for key, item in value.items()})
+    return [_printable(item) for item in value] if isinstance(value, list) else value
+
+
+def _sign(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def _placeholder(project: Path, page: Page) -> str:
@@ -201,7 +215,7 @@ def _placeholder(project: Path, page: Page) -> str:
         return runcard.not_applicable(page.suite, runner.lacking_roles(project, page.notebook, page.suite))
     if page.status == "not run":
         return runcard.without_result(page.notebook, page.suite, "This experiment has not been run.")
-    error = _read_json(_failed_folder(project, page.notebook, page.suite) / "error.json")
+    error = read_record(_failed_folder(project, page.notebook, page.suite) / "error.json") or {}
     return runcard.without_result(
         page.notebook, page.suite, f"The last run failed: {error.get('ename', 'error')}."
     )

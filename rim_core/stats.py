@@ -5,16 +5,18 @@ Every function refuses empty or non-finite input with an `InputError` instead of
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
+from rim_core import checking
 from rim_core.errors import InputError
 
 Floats = NDArray[np.float64]
@@ -70,14 +72,26 @@ def proportion(successes: int, n: int, level: float = 0.95) -> Interval:
     Raises:
         InputError: unless both are whole numbers with 0 <= successes <= n and n >= 1.
     """
-    if int(n) != n or int(successes) != successes or n < 1 or not 0 <= successes <= n:
+    # Counts that were summed as floats (5.0) are counts all the same.
+    whole = [_count(value) for value in (successes, n)]
+    hits, of = whole
+    if hits is None or of is None or of < 1 or not 0 <= hits <= of:
         raise InputError(
             f"proportion: {successes} successes of {n} is no proportion; give whole numbers, "
             "0 <= successes <= n, n >= 1"
         )
     _check_level(level)
-    ends = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method="exact")
-    return Interval(float(successes / n), float(ends.low), float(ends.high), int(n), level, "Clopper-Pearson")
+    ends = scipy.stats.binomtest(hits, of).proportion_ci(level, method="exact")
+    return Interval(hits / of, float(ends.low), float(ends.high), of, level, "Clopper-Pearson")
+
+
+def _count(value: Any) -> int | None:
+    """A count as an int, or None where it is none; a truth value counts as 0 or 1."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
@@ -112,16 +126,23 @@ def bootstrap(
         seed: of the resampling.
         level: nominal coverage; with few values or groups (under about 20) the true one is lower.
 
+    Where all resamples give the same number the interval has no width.
+
     Raises:
-        InputError: fewer than two values or groups, a value that is not finite, or lengths that differ.
+        InputError: fewer than two values or groups, a value that is not finite, lengths that differ, no resamples,
+            or a statistic that is not one finite number on the sample or on a resample of it.
     """
     data = _sample(values, "bootstrap: values", at_least=2)
     _check_level(level)
-    codes = group_codes(groups, data.size, "bootstrap")
+    n_resamples = checking.whole(n_resamples, "bootstrap: n_resamples", 1)
+    codes = group_codes(groups, data.size)
     members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
 
+    estimate = _one_number(statistic(data), "the sample")
+
     def resampled_statistic(drawn: Ints) -> float:
-        return float(statistic(data[np.concatenate([members[i] for i in drawn])]))
+        found = statistic(data[np.concatenate([members[i] for i in drawn])])
+        return _one_number(found, "a resample of it")
 
     ends = scipy.stats.bootstrap(
         (np.arange(len(members)),),
@@ -133,7 +154,21 @@ def bootstrap(
         rng=derive_generator(seed, "bootstrap"),
     ).confidence_interval
     method = "percentile bootstrap" if groups is None else f"cluster bootstrap over {len(members)} groups"
-    return Interval(float(statistic(data)), float(ends.low), float(ends.high), data.size, level, method)
+    return Interval(estimate, float(ends.low), float(ends.high), data.size, level, method)
+
+
+def _one_number(value: Any, of: str) -> float:
+    """A statistic's value as a finite float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"bootstrap: the statistic of {of} is {checking.shown(value)}, not one finite number; give more values, or "
+            "another statistic"
+        )
+    return number
 
 
 def resampled_means(
@@ -154,14 +189,16 @@ def resampled_means(
         `[n_resamples, column]`; percentiles of it are intervals of the column means.
 
     Raises:
-        InputError: not two-dimensional, not finite, fewer than two groups, or lengths that differ.
+        InputError: not two-dimensional, not finite, fewer than two rows or groups, no resamples, or lengths that
+            differ.
     """
     data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 2 or not np.isfinite(data).all():
+    if data.ndim != 2 or len(data) < 2 or not np.isfinite(data).all():
         raise InputError(
-            f"resampled_means: values {data.shape} must be finite and [n, column]; check the input"
+            f"resampled_means: values {data.shape} must be finite and [n, column], n at least 2; check the input"
         )
-    codes = group_codes(groups, len(data), "resampled_means")
+    n_resamples = checking.whole(n_resamples, "resampled_means: n_resamples", 1)
+    codes = group_codes(groups, len(data))
     sizes = np.bincount(codes)
     sums = np.zeros((len(sizes), data.shape[1]))
     np.add.at(sums, codes, data)
@@ -233,9 +270,9 @@ def permutation_test(
         seed: of the random permutations.
 
     Raises:
-        InputError: samples that are empty, not finite, or (paired) of different lengths.
+        InputError: samples of fewer than two values, not finite, or (paired) of different lengths.
     """
-    first, second = _sample(a, "permutation_test: a"), _sample(b, "permutation_test: b")
+    first, second = (_sample(x, f"permutation_test: {name}", at_least=2) for name, x in (("a", a), ("b", b)))
     if statistic not in ("mean", "median"):
         raise InputError(f"permutation_test: no statistic {statistic!r}; use 'mean' or 'median'")
     if paired and first.size != second.size:
@@ -243,10 +280,7 @@ def permutation_test(
             f"permutation_test: {first.size} and {second.size} values cannot be paired; "
             "give equal lengths or paired=False"
         )
-    if n < 1:
-        raise InputError(f"permutation_test: n is {n}; ask for at least one permutation")
-    if first.size + second.size < 3 and not paired:
-        raise InputError("permutation_test: one value against one says nothing; give more values")
+    n = checking.whole(n, "permutation_test: n", 1)
     centre = np.mean if statistic == "mean" else np.median
 
     def size_of_difference(x: Floats, y: Floats, axis: int = -1) -> Floats:
@@ -368,16 +402,19 @@ def derive_generator(seed: int, *labels: str | int) -> np.random.Generator:
 
     Draws for one purpose thus never shift when another purpose draws more; the state comes from SHA-256,
     so it is the same on every machine and Python.
+
+    Raises:
+        InputError: a seed that is no whole number: 1 and 1.5 must not draw the same.
     """
-    digest = hashlib.sha256(json.dumps([int(seed), *labels]).encode()).digest()
+    digest = hashlib.sha256(json.dumps([checking.whole(seed, "seed"), *labels]).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-def group_codes(groups: Groups, n: int, caller: str) -> Ints:
+def group_codes(groups: Groups, n: int) -> Ints:
     """Number the groups 0, 1, ... in order of appearance, `[n]`; without groups each value is its own.
 
     Raises:
-        InputError: not one group a value, a missing group, or a single group, said in the caller's name.
+        InputError: not one group a value, a missing group, or a single group.
     """
     if groups is None:
         return np.arange(n)
@@ -385,29 +422,40 @@ def group_codes(groups: Groups, n: int, caller: str) -> Ints:
     labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     codes, distinct = pd.factorize(pd.Series(labels, dtype=object))
     if len(codes) != n:
-        raise InputError(f"{caller}: {len(codes)} groups for {n} values; give one group a value")
+        raise InputError(f"groups: {len(codes)} groups for {n} values; give one group a value")
     if (codes < 0).any():
-        raise InputError(f"{caller}: {int((codes < 0).sum())} values have no group; name a group for each")
+        raise InputError(f"groups: {int((codes < 0).sum())} values have no group; name a group for each")
     if len(distinct) < 2:
-        raise InputError(f"{caller}: all values are in one group; give at least two groups")
+        raise InputError("groups: all values are in one group; give at least two groups")
     return codes.astype(np.int64)
 
 
-def split(n: int, holdout: float, codes: Ints | None, seed: int, caller: str) -> tuple[Ints, Ints]:
-    """Give the indices to fit on and to hold out, whole groups (see `group_codes`) on a side.
+def split(
+    n: int, holdout: float, groups: Groups = None, seed: int = 0, *, salt: str = "halves"
+) -> tuple[Ints, Ints]:
+    """Give the indices to fit on and to hold out, whole groups on a side, drawn by `seed`.
+
+    Args:
+        n: values to divide.
+        holdout: share of the values (with groups: of the groups) held out, between 0 and 1.
+        groups: `[n]` labels of what must not be divided, or None.
+        seed: of the draw. salt: part of the draw too: two salts give two independent divisions at one seed. A tool
+            has its own, which never changes, so that its divisions stay what they were.
 
     Raises:
-        InputError: fewer than two prompts or groups on a side, said in the caller's name.
+        InputError: fewer than two values or groups on a side, or groups that are not one a value.
     """
-    codes = np.arange(n) if codes is None else codes
+    n = checking.whole(n, "split: n", 1)
+    holdout = checking.number(holdout, "split: holdout", above=0, below=1)
+    codes = group_codes(groups, n)
     units = int(codes.max()) + 1
     held = round(units * holdout)
     if not 2 <= held <= units - 2:
         raise InputError(
-            f"{caller}: {units} prompts or groups leave {held} to hold out and {units - held} to fit on at "
-            f"holdout={holdout}; at least 2 are needed on each side"
+            f"split: {units} prompts or groups leave {held} to hold out and {units - held} to fit on at "
+            f"holdout={holdout:g}; at least 2 are needed on each side"
         )
-    order = derive_generator(seed, caller, "split").permutation(units)
+    order = derive_generator(seed, salt, "split").permutation(units)
     out = np.isin(codes, order[:held])
     return np.flatnonzero(~out), np.flatnonzero(out)
 
@@ -439,5 +487,11 @@ def _paired_outcomes(a: ArrayLike, b: ArrayLike, caller: str) -> tuple[Floats, F
 
 
 def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise InputError(f"level {level} is no coverage; give a number between 0 and 1, such as 0.95")
+    try:
+        fits = 0 < float(level) < 1
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(
+            f"level {checking.shown(level)} is no coverage; give a number between 0 and 1, such as 0.95"
+        )

@@ -4,13 +4,13 @@ To take a direction out, use `ablation.ablate(model, direction=...)`.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rim_core.checking import is_whole, number, whole, whole_numbers
 from rim_core.editing import by_layer, edit_at, editing
 from rim_core.errors import InputError
 from rim_core.loading import Model
@@ -46,10 +46,9 @@ def steer(
     """
     if site not in _SITES:
         raise InputError(f"steer works on {' or '.join(_SITES)}, not {site!r}")
-    if not math.isfinite(coefficient):
-        raise InputError(f"coefficient must be a finite number, not {coefficient!r}")
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    if not chosen or len(set(chosen)) < len(chosen):
+    coefficient = number(coefficient, "coefficient")
+    chosen = whole_numbers(layers, "layers")
+    if len(set(chosen)) < len(chosen):
         raise InputError(f"layers {chosen} must name at least one layer, each once")
     rows = by_layer(model, direction)
     if out := [layer for layer in chosen if not 0 <= layer < model.n_layers]:
@@ -79,7 +78,8 @@ def random_direction(like: Any, seed: int = 0) -> Tensor:
     Raises:
         InputError: another shape, or numbers that are not finite.
     """
-    given = torch.eye(1, like)[0] if isinstance(like, int) else torch.as_tensor(like).cpu()
+    seed = whole(seed, "random_direction: seed", 0)
+    given = torch.eye(1, whole(like, "width", 1))[0] if is_whole(like) else torch.as_tensor(like).cpu()
     rows = torch.atleast_2d(given.double())
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
         raise InputError(

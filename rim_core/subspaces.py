@@ -173,7 +173,8 @@ def shared_subspace(
         pair, bases = [data[a], data[b]], [leading[a][0], leading[b][0]]
         if a == b:
             pair = [
-                data[a][half] for half in stats.split(len(data[a]), 0.5, None, seed, f"shared_subspace: {a}")
+                data[a][half]
+                for half in stats.split(len(data[a]), 0.5, seed=seed, salt=f"shared_subspace: {a}")
             ]
             bases = [_leading(_moved(half, centre), rank, a)[0] for half in pair]
         span = len(principal([_moved(part, centre) for part in pair])[1])

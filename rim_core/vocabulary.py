@@ -1,7 +1,9 @@
 """Tokens by name: a string that is one token, or an id."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from rim_core.checking import is_whole, listed, shown
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.texts import encode_more
@@ -18,7 +20,7 @@ def single_tokens(model: Model, tokens: Tokens) -> Named:
     Raises:
         InputError: no token, a text of several tokens, an id outside the vocabulary, or one token twice.
     """
-    given = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    given: list[Any] = [tokens] if isinstance(tokens, str) or is_whole(tokens) else listed(tokens, "tokens")
     if not given:
         raise InputError("no tokens were named: give at least one")
     ids = [
@@ -47,8 +49,8 @@ def two_sides(model: Model, toward: Tokens, against: Tokens) -> tuple[Named, Nam
 
 def checked_id(model: Model, token: int) -> int:
     """The id itself; raises InputError where the model has no such token."""
-    if not 0 <= token < model.layout.d_vocab:
-        raise InputError(f"no token {token}: ids go from 0 to {model.layout.d_vocab - 1}")
+    if not is_whole(token) or not 0 <= token < model.layout.d_vocab:
+        raise InputError(f"no token {shown(token)}: ids go from 0 to {model.layout.d_vocab - 1}")
     return int(token)
 
 

@@ -11,8 +11,9 @@ from rim_core.errors import InputError
 DEFAULT_SUITE = "smollm2"
 PACKAGE = Path(__file__).resolve().parent
 SUITES = PACKAGE / "suites"
-# A suite's name is a file's and a folder's name too.
-SUITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+# A suite's name is a file's and a folder's name too, and begins longer names beside them.
+SUITE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+LONGEST_NAME = 100
 
 
 def root() -> Path:
@@ -83,9 +84,18 @@ def suites_dir(project: Path) -> Path:
 def suite_file(suite: str) -> Path:
     """Find a suite's YAML file by name or by path; raises `InputError` naming the suites there are."""
     if suite.endswith((".yml", ".yaml")):
-        path = Path(suite).expanduser().resolve()
-        if not path.is_file():
-            raise InputError(f"suite {suite}: there is no such file")
+        path: Path | None
+        try:
+            path = Path(suite).expanduser().resolve()
+        except (OSError, ValueError, RuntimeError):  # a null byte, a loop of links, the home of nobody
+            path = None
+        if path is None or not os.path.isfile(path):  # which also takes names too long for a file
+            raise InputError(f"suite {shortened(suite)}: there is no such file")
+        if len(path.stem) > LONGEST_NAME:
+            raise InputError(
+                f"suite {shortened(suite)}: its name has {len(path.stem)} letters, at most {LONGEST_NAME} fit into the "
+                "names of its results; rename the file"
+            )
         if path.stem in suite_names() and path != suite_file(path.stem).resolve():
             raise InputError(f"suite {suite}: {path.stem} is the name of another suite; rename the file")
         return path
@@ -94,7 +104,14 @@ def suite_file(suite: str) -> Path:
     if suite in project_suites():
         return suites_dir(root()) / f"{suite}.yml"
     known = suite_names()
-    raise InputError(f"unknown suite {suite!r}{did_you_mean(suite, known)}; suites: {', '.join(known)}")
+    raise InputError(
+        f"unknown suite {shortened(suite)!r}{did_you_mean(suite, known)}; suites: {', '.join(known)}"
+    )
+
+
+def shortened(text: str) -> str:
+    """Give a name as a message shows it: cut where it is long."""
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -193,6 +193,12 @@ def test_one_seed_has_no_interval_unless_one_is_given():
     assert outcome(rule, [0.9], min_seeds=1, interval=(0.4, 0.95)) == "inconclusive"
     with pytest.raises(InputError, match="not \\(low, high\\)"):
         outcome(rule, [0.9], min_seeds=1, interval=(0.9, 0.1))
+    with pytest.raises(InputError, match=r"number has the value 0.1, outside its interval \(0.8, 0.9\)"):
+        outcome(rule, [0.1], min_seeds=1, interval=(0.8, 0.9))
+    with pytest.raises(InputError, match=r"is not \(low, high\)"):
+        outcome(rule, [0.9], min_seeds=1, interval=(0.9,))
+    # At an end, as a score of 1 in its interval up to 1, it is inside.
+    assert outcome(rule, [1.0] * 3, interval=(0.97, 1.0)) == "validated"
 
 
 def test_bounds_keep_a_near_perfect_score_from_straddling():

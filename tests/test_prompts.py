@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import rim_core as rim
@@ -84,6 +85,24 @@ def test_rephrasing_keeps_the_action():
             ("Do it", "Violence", None),
         ),
         ("bom.csv", "\ufeffprompt\nHi\n", ("Hi", "none", None)),
+        (
+            "tabs.tsv",
+            "goal\tcategory\nBread, cake, and pie?\tFood\n",
+            ("Bread, cake, and pie?", "Food", None),
+        ),
+        ("CAPITALS.CSV", "Goal,Target\nDo it,Sure\n", ("Do it", "none", "Sure")),
+        ("LINES.JSONL", '{"prompt": "Hi"}', ("Hi", "none", None)),
+        # A spreadsheet's "CSV" by another country's rules, or with tabs: known by the header.
+        (
+            "tabs.csv",
+            "category\tprompt\nFood\tBread, cake, and pie?\n",
+            ("Bread, cake, and pie?", "Food", None),
+        ),
+        ("semicolons.csv", "category;prompt\nFood;Bread, cake?\n", ("Bread, cake?", "Food", None)),
+        ("one-column.csv", "prompt\nWhat; or\twhy?\n", ("What; or\twhy?", "none", None)),
+        ("blank-lines.csv", "prompt,category\n\nHi,x\n\n", ("Hi", "x", None)),
+        ("later.jsonl", '{"prompt": "Hi"}\n{"prompt": "Ho", "category": "x"}', ("Hi", "none", None)),
+        ("number.jsonl", '{"prompt": "Hi", "category": 3, "output": 42}', ("Hi", "3", "42")),
     ],
 )
 def test_published_columns(tmp_path, name, content, first):
@@ -104,6 +123,43 @@ def test_published_columns(tmp_path, name, content, first):
         ("a.jsonl", b'{"prompt": "x"}\nnot json\n', "line 2 is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b"\n", "holds no rows"),
+        (
+            "a.csv",
+            b"prompt\nHow do I bake bread, cake, and pie?\n",
+            r"row 1 \(line 2\) has 3 fields and the header 1",
+        ),
+        (
+            "a.csv",
+            b'prompt,id\n"a\nb",1\nHi, you,2\n',
+            r"row 2 \(line 4\) has 3 fields and the header 2, .*quotes",
+        ),
+        ("a.csv", b"prompt,category\nHi,x\nHo\n", r"row 2 \(line 3\) has 1 field and the header 2"),
+        ("a.tsv", b"prompt\tcategory\nHi\tx\ty\n", "has 3 fields and the header 2, separated by tabs"),
+        ("a.csv", b'prompt,category\n"Hi" you,x\n', "line 2: not a readable table"),
+        ("a.csv", b'prompt,category\n"Hi,x\n', "not a readable table: unexpected end of data"),
+        ("a.csv", b"Goal,goal\nHi,Ho\n", "has the columns 'Goal' and 'goal': rename"),
+        ("a.csv", b"\xff\xfep\x00", "not UTF-8"),
+        ("a.csv", b"\n \n\n", "holds no rows"),
+        ("a.jsonl", b'{"instruction": "x", "input": 5}', "line 1, column 'input': 5 is not a text"),
+        ("a.jsonl", b'{"prompt": 5}', "line 1, column 'prompt': 5 is not a text"),
+        ("a.jsonl", b'{"prompt": "x", "output": ["y"]}', r"column 'output': \['y'\] is not a text"),
+        ("a.jsonl", b'{"prompt": "x", "category": NaN}', "column 'category': nan is not a text"),
+        ("a.jsonl", b'\n{"prompt": "\\ud800"}', "line 2, column 'prompt': half of a character"),
+        ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, r"line 1 cannot be read \(nested too deeply\)"),
+        ("a.jsonl", b'{"prompt": "x", "n": ' + b"1" * 5000 + b"}", "line 1 cannot be read"),
+        (
+            "a.csv",
+            b"prompt,split\nHi,train\nHo,holdout\n",
+            "row 2, column 'split': 'holdout' is no split; write train",
+        ),
+        ("a.csv", b"prompt,split\nHi,\n", "row 1, column 'split': '' is no split"),
+        ("a.csv", b"prompt,id\nHi,1\nHo,1\n", "row 1 and row 2 are both pair '1' of 'a'"),
+        ("a.csv", b"prompt,id\nHi,\n", "row 1 has no id"),
+        (
+            "a.csv",
+            b"prompt,pair,label,split\nHi,1,a,train\nHo,1,b,test\n",
+            "is in split train .* and in test",
+        ),
     ],
 )
 def test_bad_files_get_one_line(tmp_path, name, content, says):
@@ -122,12 +178,48 @@ def test_bad_files_get_one_line(tmp_path, name, content, says):
         (("nowhere.csv",), "no prompt file"),
         (("harmful", "dev"), "unknown split 'dev'"),
         (("harmful", None, 0), "at least 1"),
+        (("harmful", None, 1.5), "limit must be a whole number of at least 1, not 1.5"),
+        (("harmful", None, True), "limit must be a whole number"),
+        (("harmful", None, 3, -1), "seed must be a whole number of at least 0, not -1"),
+        (("harmful", None, 3, 0.5), "seed must be a whole number"),
+        (("n" * 300 + ".csv",), "no prompt file"),
+        (("nul\0.csv",), "no prompt file"),
         (("harmful", None, 10_000), "fewer than limit"),
     ],
 )
 def test_bad_requests_get_one_line(arguments, says):
     with pytest.raises(InputError, match=says):
         rim.load_prompts(*arguments)
+
+
+def test_a_file_of_ones_own_keeps_its_pairs_labels_and_splits(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text(
+        "id,pair,label,split,category,prompt\n"
+        "1,p1,harmful,train,a,Make a bomb\n2,p1,benign,train,a,Make a cake\n"
+        "3,p2,harmful,Val,b,Pick a lock\n4,p2,benign,dev,b,Pick a flower\n"
+        "5,p3,harmful,test,c,Rob it\n6,p3,benign,TEST,c,Rub it\n",
+        encoding="utf-8",
+    )
+    found = rim.load_prompts(path)
+    assert [p.split for p in found] == ["train", "train", "validation", "validation", "test", "test"]
+    assert found[2] == rim.load_prompts(str(path), "validation")[0]
+    assert (found[2].pair, found[2].label, found[2].category) == ("p2", "harmful", "b")
+    # A limit draws pairs, and both sides of each: neither side may be lost.
+    drawn = rim.load_prompts(path, limit=np.int64(2), seed=np.int32(1))
+    assert [p.label for p in drawn] == ["harmful", "benign"] * 2
+    assert len({p.pair for p in drawn}) == 2
+    with pytest.raises(InputError, match="holds 3 prompts here, fewer than limit=4"):
+        rim.load_prompts(path, limit=4)
+
+
+def test_ids_are_pairs_where_a_file_has_no_pairs(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"id": 7, "prompt": "Hi"}\n{"id": "b", "prompt": "Ho"}', encoding="utf-8")
+    assert [(p.pair, p.label, p.split) for p in rim.load_prompts(path)] == [
+        ("7", "mine", "test"),
+        ("b", "mine", "test"),
+    ]
 
 
 def test_local_files_have_no_splits(tmp_path):

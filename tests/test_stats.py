@@ -1,5 +1,7 @@
 """`rim_core.stats` against closed forms, scipy, statsmodels, brute force and simulation."""
 
+import hashlib
+import json
 from itertools import combinations, product
 
 import numpy as np
@@ -117,7 +119,7 @@ def test_cluster_bootstrap_accepts_any_hashable_group():
 
 def test_tensor_groups_are_compared_by_value():
     torch = pytest.importorskip("torch")
-    codes = stats.group_codes(torch.arange(600) // 5, 600, "here")
+    codes = stats.group_codes(torch.arange(600) // 5, 600)
     assert codes.tolist() == (np.arange(600) // 5).tolist()
 
 
@@ -313,10 +315,35 @@ BAD_CALLS = [
     (lambda: stats.cohens_d([1], [1, 2]), "1 of the 2 needed"),
     (lambda: stats.ks([], [1]), "a hold 0"),
     (lambda: stats.ks([1], [np.nan]), "b hold 1 that are NaN"),
-    (lambda: stats.permutation_test([1, 2], [1], paired=True), "cannot be paired"),
-    (lambda: stats.permutation_test([1, 2], [3], statistic="mode"), "no statistic 'mode'"),
-    (lambda: stats.permutation_test([1, 2], [3], n=0), "at least one"),
-    (lambda: stats.permutation_test([1], [3]), "more values"),
+    (lambda: stats.permutation_test([1, 2], [1, 2, 3], paired=True), "cannot be paired"),
+    (lambda: stats.permutation_test([1, 2], [3, 4], statistic="mode"), "no statistic 'mode'"),
+    (lambda: stats.permutation_test([1, 2], [3, 4], n=0), "n must be a whole number of at least 1, not 0"),
+    (lambda: stats.permutation_test([1], [3]), "a hold 1 of the 2 needed"),
+    (lambda: stats.permutation_test([1], [2, 3]), "a hold 1 of the 2 needed"),
+    (lambda: stats.permutation_test([1, 2], [3], paired=False), "b hold 1 of the 2 needed"),
+    (lambda: stats.proportion(np.nan, 10), "nan successes of 10"),
+    (lambda: stats.proportion(3, np.inf), "3 successes of inf"),
+    (lambda: stats.proportion("x", 10), "x successes of 10"),
+    (lambda: stats.fisher(np.nan, 2, 1, 2), "nan successes of 2"),
+    (
+        lambda: stats.bootstrap([1, 2], n_resamples=0),
+        "n_resamples must be a whole number of at least 1, not 0",
+    ),
+    (lambda: stats.bootstrap([1, 2], n_resamples=9.5), "n_resamples must be a whole number"),
+    (lambda: stats.bootstrap([1, 2], seed=1.5), "seed must be a whole number, not 1.5"),
+    (lambda: stats.bootstrap([1, 2], seed=True), "seed must be a whole number, not True"),
+    (lambda: stats.bootstrap([1, 2], level="x"), "is no coverage"),
+    (lambda: stats.bootstrap([1, 2], lambda x: np.nan), "statistic of the sample is nan"),
+    (lambda: stats.bootstrap([1, 2], lambda x: x), "statistic of the sample is array"),
+    (
+        lambda: stats.bootstrap([0, 1, 1], lambda x: x.mean() / x.std() if x.std() else np.nan),
+        "a resample of it",
+    ),
+    (lambda: stats.resampled_means([[1.0], [2.0]], n_resamples=0), "n_resamples must be"),
+    (lambda: stats.resampled_means([[1.0]]), "n at least 2"),
+    (lambda: stats.split(10, 0.01), "10 prompts or groups leave 0 to hold out"),
+    (lambda: stats.split(10, 2), "holdout must be a finite number above 0 and below 1, not 2"),
+    (lambda: stats.split(10, 0.5, ["a"] * 10), "one group"),
     (lambda: stats.mcnemar([1, 0], [1]), "cannot be paired"),
     (lambda: stats.mcnemar([1, 0.5], [1, 0]), "neither yes nor no"),
     (lambda: stats.paired_difference([], []), "0 of the 1 needed"),
@@ -331,3 +358,25 @@ def test_bad_input_is_refused_in_one_line(call, words):
     with pytest.raises(InputError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_bootstrap_without_spread_has_no_width_and_no_nan():
+    found = stats.bootstrap([2.0, 2.0, 2.0])
+    assert (found.estimate, found.low, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_numpy_counts_and_seeds_are_numbers():
+    assert stats.proportion(np.int64(3), np.int32(4)).estimate == 0.75
+    assert stats.bootstrap([1.0, 2.0, 4.0], seed=np.int64(3)) == stats.bootstrap([1.0, 2.0, 4.0], seed=3)
+
+
+def test_divisions_are_what_they_were_when_results_were_first_published():
+    """A hash over draws made before the salt had a name of its own: wording must never move a division."""
+    labels, found = [f"t{i % 7}" for i in range(40)], {}
+    for salt in ("halves", "procrustes", "shared_subspace: a"):
+        for seed in range(3):
+            found[f"{salt}{seed}"] = [x.tolist() for x in stats.split(40, 0.5, labels, seed, salt=salt)]
+            found[f"n{salt}{seed}"] = [x.tolist() for x in stats.split(40, 0.3, None, seed, salt=salt)]
+    digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
+    assert digest == "680fc4382c8999256a579cef1ebcee696f8974c371494ce46e9cc4d3c74b158b"
+    assert [list(x) for x in stats.split(40, 0.5, labels)] == found["halves0"]

@@ -13,7 +13,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.osutil import relative_uri
 
-from rim_core import charts, outcomes
+from rim_core import charts, outcomes, runner
 from rim_core.staging import SUITES
 from rim_core.workspace import suite_name
 
@@ -96,12 +96,15 @@ class _FromData(SphinxDirective):
         """The scorecard of the suites that the book was staged with, in their order; else of those with results."""
         staged = self.project / SUITES
         given = json.loads(staged.read_text(encoding="utf-8")) if staged.is_file() else None
-        rows = outcomes.scorecard(self.project / "results", given)
+        rows = runner.scorecard(self.project, given)
         # Of a suite's own file only the name: pages tell nothing of the machine.
         files = {suite_name(suite): suite for suite in given or [] if suite != suite_name(suite)}
         for row in rows:
             if file := files.get(row["suite"]):
                 row["reasons"] = [reason.replace(file, Path(file).name) for reason in row["reasons"]]
+        for row in rows:
+            if stale := runner.stale_text(row):
+                row["reasons"].append(stale)
         return rows
 
     def page_of(self, notebook: str | None, suite: str) -> str | None:
@@ -129,6 +132,7 @@ class _FromData(SphinxDirective):
     def outcome(self, row: dict[str, Any]) -> nodes.paragraph:
         """An outcome's symbol and word, linked to the experiment and its run card where the book has them."""
         words = f"{outcomes.SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}"
+        words += {True: ", stale", False: "", None: ", perhaps stale"}[row["stale"]]
         page = self.page_of(row["notebook"], row["suite"])
         if page is None:
             parts: list[nodes.Node | str] = [words]

@@ -5,8 +5,10 @@ The data cards of the built-in sets are in `data/README.md`.
 
 import csv
 import json
+import math
+import os.path
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from rim_core.errors import InputError
+from rim_core import hub
+from rim_core.checking import shown, whole
+from rim_core.errors import InputError, first_line
 from rim_core.texts import ChatText, checked_one, listed, render, require_plain_words, tokenizer_of
 from rim_core.workspace import did_you_mean
 
@@ -32,6 +36,14 @@ FRAMES = (
 _PROMPT_COLUMNS = ("prompt", "goal", "instruction", "forbidden_prompt", "behavior", "question", "text")
 _RESPONSE_COLUMNS = ("response", "target", "output", "answer", "completion")
 _CATEGORY_COLUMNS = ("category", "topic", "semanticcategory")
+_PAIR_COLUMNS = ("pair", "pair_id", "id")
+_SPLIT_WORDS = {**{split: split for split in SPLITS}, "val": "validation", "dev": "validation"}
+# Of a file's suffix, in any letter case: what its fields are separated by; of .jsonl nothing.
+FILE_SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
+_SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
+
+# Where a row stands in its file ("row 3 (line 4)"), and what it holds.
+_Row = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -124,71 +136,135 @@ BUILT_IN_SETS = tuple(_BUILT_IN)
 
 
 def load_prompts(
-    source: str, split: str | None = None, limit: int | None = None, seed: int = 0
+    source: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0
 ) -> list[Prompt]:
     """Load a prompt set.
 
+    A file has a header (.csv, .tsv) or an object a line (.jsonl), is UTF-8, and has the request in a column named as
+    in AdvBench, JailbreakBench, StrongREJECT or Alpaca: `prompt`, `goal`, `instruction`, `forbidden_prompt`,
+    `behavior`, `question` or `text`, the first of these that it has, in any letter case. Further columns that count:
+
+    - `response` (or `target`, `output`, `answer`, `completion`), `category` (or `topic`);
+    - `pair` (or `pair_id`, else `id`): which minimal pair a row belongs to, by default each row its own;
+    - `label`: the set it is from, such as harmful and benign in one file; by default the file's name;
+    - `split`: `train`, `validation` (or `val`, `dev`) or `test`; a file without has `test` alone.
+
+    A label has one row a pair, and a pair is in one split. Fields of a .csv are separated by commas, or by tabs or
+    semicolons where only that gives the header such a column; a row with another number of fields than the header
+    is refused, so a text with a comma must be in quotes.
+
     Args:
         source: a built-in set (`harmful`, `benign`, `finance-risky`, `finance-prudent`, `finance-twins`,
-            `finance-info`, `everyday`), a `.csv` or `.jsonl` file in the columns of AdvBench, JailbreakBench,
-            StrongREJECT or Alpaca, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set.
+            `finance-info`, `everyday`), a `.csv`, `.tsv` or `.jsonl` file, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for
+            a hub data set.
         split: `train`, `validation` or `test`; built-in sets are split by category, so no topic is in two of them.
-        limit: keep this many, drawn without replacement by `seed`. The draw is over pair ids: `harmful` and
-            `benign` with the same limit and seed give the two sides of the same pairs, in the same order.
-        seed: of the draw.
+        limit: keep this many pairs, drawn without replacement by `seed`: `harmful` and `benign` with the same limit
+            and seed give the two sides of the same pairs, in the same order. Where rows have no pairs, or each label
+            has a file of its own, these are as many prompts.
+        seed: of the draw, at least 0.
 
     Raises:
-        InputError: unknown set, split or column, unreadable file, or nothing left.
+        InputError: unknown set, split or column, an unreadable file, a row that is not as the header says (with its
+            number), or nothing left.
     """
     if split is not None and split not in SPLITS:
         raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise InputError(f"limit must be a whole number of at least 1, not {limit!r}")
+    limit = None if limit is None else whole(limit, "load_prompts: limit", 1)
+    seed = whole(seed, "load_prompts: seed", 0)
+    source = str(source)
     if source in _BUILT_IN:
         prompts = _BUILT_IN[source]()
     elif source.startswith("hub:"):
         prompts = _from_hub(source)
-    elif source.endswith((".csv", ".jsonl")):
+    elif Path(source).suffix.lower() in FILE_SUFFIXES:
         prompts = _from_file(Path(source))
     else:
         raise InputError(
-            f"unknown prompt set {source!r}{did_you_mean(source, BUILT_IN_SETS)}; "
-            f"choose from {', '.join(BUILT_IN_SETS)}, a .csv or .jsonl file, or hub:OWNER/NAME"
+            f"unknown prompt set {shown(source)}{did_you_mean(source, BUILT_IN_SETS)}; "
+            f"choose from {', '.join(BUILT_IN_SETS)}, a .csv, .tsv or .jsonl file, or hub:OWNER/NAME"
         )
     if split is not None:
         kept = [prompt for prompt in prompts if prompt.split == split]
         if not kept:
             raise InputError(f"prompt set {source!r} has no {split!r} split: leave split out")
         prompts = kept
-    if limit is not None:
-        if limit > len(prompts):
-            raise InputError(
-                f"prompt set {source!r} holds {len(prompts)} prompts here, fewer than limit={limit}"
-            )
-        pairs = sorted({prompt.pair for prompt in prompts})
-        chosen = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[:limit]]
-        by_pair = {prompt.pair: prompt for prompt in prompts}
-        prompts = [by_pair[pair] for pair in chosen]
-    return prompts
+    if limit is None:
+        return prompts
+    by_pair: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_pair.setdefault(prompt.pair, []).append(prompt)
+    pairs = sorted(by_pair)
+    if limit > len(pairs):
+        raise InputError(f"prompt set {source!r} holds {len(pairs)} prompts here, fewer than limit={limit}")
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:limit]
+    return [prompt for i in chosen for prompt in by_pair[pairs[i]]]
+
+
+# --- files ----------------------------------------------------------------------------------------------
 
 
 def _from_file(path: Path) -> list[Prompt]:
-    if not path.is_file():
-        raise InputError(f"no prompt file at {path}: check the path")
+    if not os.path.isfile(path):
+        raise InputError(f"no prompt file at {shown(str(path), 200)}: check the path")
+    separator = FILE_SUFFIXES[path.suffix.lower()]
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            rows = list(csv.DictReader(handle)) if path.suffix == ".csv" else _json_lines(handle, path)
+            rows = list(_table(handle, path, separator) if separator else _json_lines(handle, path))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8, for example with `iconv -t utf-8`"
         ) from None
-    except csv.Error as error:
-        raise InputError(f"{path} is not a readable CSV file: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     return _from_rows(rows, str(path), path.stem)
 
 
-def _json_lines(handle: Iterable[str], path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _table(handle: Iterable[str], path: Path, separator: str) -> Iterator[_Row]:
+    """The rows of a file with a header, each with as many fields as the header."""
+    lines = list(handle)
+    separator = _separator(lines, separator)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    header: list[str] | None = None
+    number = 0
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields) and len(fields) < 2:
+                continue  # a blank line
+            if header is None:
+                header = [name.strip() for name in fields]
+                continue
+            number += 1
+            if len(fields) != len(header):
+                hint = "; put a text that holds one in double quotes" if len(fields) > len(header) else ""
+                raise InputError(
+                    f"{path} row {number} (line {reader.line_num}) has {_counted(len(fields))} and the header "
+                    f"{len(header)}, separated by {_SEPARATORS[separator]}{hint}"
+                )
+            yield f"row {number}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise InputError(
+            f"{path} line {reader.line_num}: not a readable table: {first_line(error)}"
+        ) from None
+
+
+def _counted(fields: int) -> str:
+    return "1 field" if fields == 1 else f"{fields} fields"
+
+
+def _separator(lines: Sequence[str], usual: str) -> str:
+    """What separates a file's fields: what is usual for its suffix, unless only another gives a prompt column."""
+    header = next((line for line in lines if line.strip()), "")
+    for separator in (usual, *(other for other in _SEPARATORS if other != usual)):
+        try:
+            names = next(csv.reader([header], delimiter=separator), [])
+        except csv.Error:
+            continue
+        if {name.strip().lower() for name in names} & set(_PROMPT_COLUMNS):
+            return separator
+    return usual
+
+
+def _json_lines(handle: Iterable[str], path: Path) -> Iterator[_Row]:
     for number, line in enumerate(handle, 1):
         if not line.strip():
             continue
@@ -198,47 +274,118 @@ def _json_lines(handle: Iterable[str], path: Path) -> list[dict[str, Any]]:
             raise InputError(
                 f"{path} line {number} is not JSON ({error.msg}): one object a line is wanted"
             ) from None
+        except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
+            what = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+            raise InputError(
+                f"{path} line {number} cannot be read ({what}): one object a line is wanted"
+            ) from None
         if not isinstance(row, dict):
             raise InputError(f"{path} line {number} is not a JSON object: one object a line is wanted")
-        rows.append(row)
-    return rows
+        yield f"line {number}", row
 
 
-def _from_rows(rows: Sequence[dict[str, Any]], where: str, label: str) -> list[Prompt]:
+def _from_rows(rows: Sequence[_Row], where: str, label: str) -> list[Prompt]:
     if not rows:
         raise InputError(f"{where} holds no rows: give a file with at least one prompt")
-    names = {str(key).strip().lower(): key for key in rows[0]}
+    names = _columns(rows, where)
 
-    def column(candidates: tuple[str, ...]) -> str | None:
+    def column(*candidates: str) -> str | None:
         return next((names[name] for name in candidates if name in names), None)
 
-    text = column(_PROMPT_COLUMNS)
+    text = column(*_PROMPT_COLUMNS)
     if text is None:
         raise InputError(
-            f"{where} has no prompt column: it has {', '.join(map(str, rows[0]))}; "
+            f"{where} has no prompt column: it has {', '.join(names.values())[:200]}; "
             f"name one of them {', '.join(_PROMPT_COLUMNS[:4])} or so"
         )
-    response, category, extra = column(_RESPONSE_COLUMNS), column(_CATEGORY_COLUMNS), names.get("input")
+    response, category = column(*_RESPONSE_COLUMNS), column(*_CATEGORY_COLUMNS)
+    pair, split, set_name, extra = column(*_PAIR_COLUMNS), column("split"), column("label"), column("input")
     prompts = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(text), str) or not row[text].strip():
-            raise InputError(
-                f"{where} row {number} has no text in column {text!r}: fill it in or remove the row"
-            )
-        body = row[text].strip()
-        if extra and row.get(extra):
-            body = f"{body}\n{row[extra].strip()}"
+    for number, (place, row) in enumerate(rows, 1):
+        at = f"{where} {place}"
+        body = _text(row, text, at)
+        if not body:
+            raise InputError(f"{at} has no text in column {text!r}: fill it in or remove the row")
+        more = _text(row, extra, at)
+        own = _text(row, set_name, at, numbers=True) or label
+        if pair and not _text(row, pair, at, numbers=True):
+            raise InputError(f"{at} has no {pair}: fill it in, or remove that column")
         prompts.append(
             Prompt(
-                text=body,
-                category=str(row[category]) if category and row.get(category) else "none",
-                pair=f"{label}-{number:04d}",
-                split="test",
-                label=label,
-                response=str(row[response]) if response and row.get(response) else None,
+                text=f"{body}\n{more}" if more else body,
+                category=_text(row, category, at, numbers=True) or "none",
+                pair=_text(row, pair, at, numbers=True) or f"{label}-{number:04d}",
+                split=_split_of(row, split, at),
+                label=own,
+                response=_text(row, response, at, numbers=True, strip=False) or None,
             )
         )
+    _check_pairs(prompts, [place for place, _ in rows], where)
     return prompts
+
+
+def _columns(rows: Sequence[_Row], where: str) -> dict[str, str]:
+    """The columns of all rows, by their names in small letters."""
+    names: dict[str, str] = {}
+    for key in dict.fromkeys(key for _, row in rows for key in row):
+        name = str(key).strip().lower()
+        if name and names.setdefault(name, key) != key:
+            raise InputError(f"{where} has the columns {names[name]!r} and {key!r}: rename one of them")
+    return names
+
+
+def _text(
+    row: Mapping[str, Any], column: str | None, at: str, numbers: bool = False, strip: bool = True
+) -> str:
+    """A row's text in a column, "" where it has none; numbers and truth values are texts where `numbers`.
+
+    Raises:
+        InputError: something else stands there, or a text that cannot be written down in UTF-8.
+    """
+    value = None if column is None else row.get(column)
+    if value is None:
+        return ""
+    if numbers and isinstance(value, int | float) and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{at}, column {column!r}: {shown(value)} is not a text; put it in quotes")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{at}, column {column!r}: half of a character (a lone surrogate) stands in the text; write it anew"
+        ) from None
+    return value.strip() if strip else value
+
+
+def _split_of(row: Mapping[str, Any], column: str | None, at: str) -> str:
+    if column is None:
+        return "test"
+    word = _text(row, column, at)
+    if word.lower() not in _SPLIT_WORDS:
+        raise InputError(
+            f"{at}, column {column!r}: {shown(word)} is no split; write train, validation (val, dev) or test"
+        )
+    return _SPLIT_WORDS[word.lower()]
+
+
+def _check_pairs(prompts: Sequence[Prompt], places: Sequence[str], where: str) -> None:
+    """Check that a pair has one row a label, and one split."""
+    first: dict[tuple[str, str], str] = {}
+    splits: dict[str, tuple[str, str]] = {}
+    for prompt, place in zip(prompts, places, strict=True):
+        before = first.setdefault((prompt.label, prompt.pair), place)
+        if before != place:
+            raise InputError(
+                f"{where}: {before} and {place} are both pair {shown(prompt.pair)} of {shown(prompt.label)}; give each "
+                "row of a label a pair of its own"
+            )
+        split, seen = splits.setdefault(prompt.pair, (prompt.split, place))
+        if split != prompt.split:
+            raise InputError(
+                f"{where}: pair {shown(prompt.pair)} is in split {split} ({seen}) and in {prompt.split} ({place}); "
+                "keep a pair in one split"
+            )
 
 
 def _from_hub(source: str) -> list[Prompt]:
@@ -250,18 +397,20 @@ def _from_hub(source: str) -> list[Prompt]:
     except ImportError:
         raise InputError(f"{source} needs the package `datasets`: pip install 'rim-core[hub]'") from None
     try:
-        found = load_dataset(name, config, split=split)
+        with hub.asked():
+            found = load_dataset(name, config, split=split)
     except (
         Exception
     ) as error:  # every cause (gated, offline, misspelt, several configs) reaches the user as its text
-        raise InputError(f"cannot load {source}: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"cannot load {source}: {first_line(error)}") from None
     if hasattr(found, "keys"):
         if len(found) > 1:
             raise InputError(
                 f"{source} has the splits {', '.join(found)}: name one, as hub:{name}:CONFIG:SPLIT"
             )
         found = next(iter(found.values()))
-    return _from_rows(found.to_list(), source, name.rsplit("/", 1)[-1])
+    rows = [(f"row {number}", row) for number, row in enumerate(found.to_list(), 1)]
+    return _from_rows(rows, source, name.rsplit("/", 1)[-1])
 
 
 def words_of(prompts: Sequence["Prompt | str"]) -> list[str]:

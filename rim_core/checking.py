@@ -1,0 +1,184 @@
+"""Checks of arguments that several tools share: each gives the value as the tool goes on with it, or one line.
+
+`what` names the argument as its caller knows it (`"capture: positions"`), and begins the line. NumPy's and torch's
+whole numbers are whole numbers here; truth values, fractions and numbers in quotes are not.
+"""
+
+import math
+import operator
+from collections.abc import Collection, Sequence, Sized
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rim_core.errors import InputError
+
+T = TypeVar("T")
+
+
+def shown(value: Any, width: int = 60) -> str:
+    """Give a value as a message shows it: on one line, and cut where it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number: an int, or a scalar of NumPy or torch of such a type."""
+    kind = str(getattr(value, "dtype", type(value).__name__))
+    if "bool" in kind or getattr(value, "ndim", None):
+        return False
+    try:
+        operator.index(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def whole(value: Any, what: str, low: int | None = None, high: int | None = None) -> int:
+    """Give a whole number from `low` to `high` as an int.
+
+    Raises:
+        InputError: it is none, or lies outside.
+    """
+    number = operator.index(value) if is_whole(value) else None
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        raise InputError(f"{what} must be a whole number{_range(low, high)}, not {shown(value)}")
+    return number
+
+
+def whole_numbers(
+    values: Any,
+    what: str,
+    low: int | None = None,
+    high: int | None = None,
+    *,
+    distinct: bool = False,
+) -> list[int]:
+    """Give one or several whole numbers from `low` to `high` as a list of ints; never an empty one.
+
+    Args:
+        values: a list, range, array or tensor; a single number is a list of one.
+        distinct: refuse a number that stands twice.
+
+    Raises:
+        InputError: none given, one that is no whole number or lies outside, or one that stands twice.
+    """
+    given = [values] if is_whole(values) else listed(values, what)
+    if not given:
+        raise InputError(f"{what}: none given; give at least one whole number{_range(low, high)}")
+    found = [whole(value, f"{what}: each", low, high) for value in given]
+    if distinct and (twice := [number for i, number in enumerate(found) if number in found[:i]]):
+        raise InputError(f"{what}: {twice[0]} stands twice; name each once")
+    return found
+
+
+def seeds(values: Any, what: str = "seeds") -> list[int]:
+    """Give seeds as distinct ints: one seed named twice would count as two draws that are one.
+
+    Raises:
+        InputError: none given, one that is no whole number of at least 0, or one that stands twice.
+    """
+    return whole_numbers(values, what, low=0, distinct=True)
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Give what can be gone through as a list; raises InputError for a text, a mapping or a single thing."""
+    single = getattr(values, "ndim", None) == 0
+    if not single and not isinstance(values, (str, bytes, dict)):
+        try:
+            return list(values)
+        except TypeError:
+            pass
+    raise InputError(f"{what} must be a list, not {shown(values)}")
+
+
+def one_of(value: T, options: Collection[T], what: str) -> T:
+    """Give the value if it is among the options; raises InputError naming them where it is not."""
+    try:
+        found = value in options
+    except TypeError:
+        found = False
+    if not found:
+        raise InputError(f"unknown {what} {shown(value)}: choose from {', '.join(map(str, options))}")
+    return value
+
+
+def same_length(what: str, **named: Sized) -> int:
+    """Give the length that all of these have; raises InputError naming each length where they differ."""
+    lengths = {name: len(values) for name, values in named.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise InputError(f"{what}: lengths differ ({told}); give one for each")
+    return next(iter(lengths.values()))
+
+
+def number(
+    value: Any,
+    what: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Give a finite number as a float: `low` and `high` are allowed themselves, `above` and `below` are not.
+
+    Raises:
+        InputError: it is no number, is not finite, or lies outside.
+    """
+    given = getattr(value, "dtype", None)
+    scalar = not isinstance(value, (str, bytes, bool)) and "bool" not in str(given)
+    try:
+        found = float(value) if scalar and not getattr(value, "ndim", None) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not (math.isfinite(found) and low <= found <= high and above < found < below):
+        words = [f"of at least {low:g}"] if low > -math.inf else []
+        words += [f"above {above:g}"] if above > -math.inf else []
+        words += [f"of at most {high:g}"] if high < math.inf else []
+        words += [f"below {below:g}"] if below < math.inf else []
+        told = f" {' and '.join(words)}" if words else ""
+        raise InputError(f"{what} must be a finite number{told}, not {shown(value)}")
+    return found
+
+
+def finite(
+    values: Any,
+    what: str,
+    axis: int | None = None,
+    along: str = "layer",
+    names: Sequence[object] | None = None,
+) -> Any:
+    """Give an array or tensor back if it holds no NaN and no infinity.
+
+    Args:
+        axis: the message says where along it the first such number stands. along: what the axis is.
+        names: of the places along it; their numbers by default.
+
+    Raises:
+        InputError: it holds one.
+    """
+    # One pass without a copy; a sum of finite numbers that overflows is looked at again below.
+    with np.errstate(over="ignore"):
+        if math.isfinite(float(values.sum())):
+            return values
+    good = values.isfinite() if hasattr(values, "isfinite") else np.isfinite(values)
+    if bool(good.all()):
+        return values
+    bad = ~np.asarray(good.cpu() if hasattr(good, "cpu") else good)
+    where = ""
+    if axis is not None:
+        moved = np.moveaxis(bad, axis, 0).reshape(bad.shape[axis], -1).any(axis=1)
+        place = int(np.flatnonzero(moved)[0])
+        where = f", {along} {place if names is None else names[place]}"
+    count = int(bad.sum())
+    raise InputError(
+        f"{what}{where}: {count} of {bad.size} numbers are NaN or infinite; nothing can be read off them (load with "
+        "dtype='float32', or look for what made them)"
+    )
+
+
+def _range(low: int | None, high: int | None) -> str:
+    if low is not None and high is not None:
+        return f" from {low} to {high}"
+    return f" of at least {low}" if low is not None else "" if high is None else f" of at most {high}"

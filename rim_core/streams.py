@@ -1,0 +1,85 @@
+"""Standard output and error as a command needs them: closed, full, or unable to write a character.
+
+What a command prints is its result, so that losing it is a failure, said in one line. What it says of its progress is
+not: a run goes on when nobody can be told of it.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from rim_core.errors import RunError
+
+
+class ClosedError(Exception):
+    """The reader of standard output went away (`rim claims | head`): there is nobody to tell anything to."""
+
+
+class _Stream:
+    """A stream that writes what it can encode, and says itself what became of a failure."""
+
+    def __init__(self, stream: TextIO, result: bool) -> None:
+        self._stream, self._result = stream, result
+        if hasattr(stream, "reconfigure"):
+            # As an escape, which keeps JSON what it is; the terminal's own encoding is left as it is.
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._told():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._told():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: closed by the program itself
+            # What is left in the buffer must not fail once more when Python ends.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._result and isinstance(error, BrokenPipeError):
+                raise ClosedError from None
+            if self._result:
+                why = getattr(error, "strerror", None) or error
+                raise RunError(f"cannot write to standard output: {why}") from None
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Within the context standard output and error fail as they should, and are there even if they were closed."""
+    _fill_closed()
+    before = sys.stdout, sys.stderr
+    sys.stdout = _Stream(sys.stdout, result=True)
+    sys.stderr = _Stream(sys.stderr, result=False)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _fill_closed() -> None:
+    """Put something in the place of closed streams: else the next file opened gets their number, and their text.
+
+    Standard output is one that cannot be written to, so that a result that goes nowhere is a failure.
+    """
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, mode)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
