@@ -170,11 +170,12 @@ class _Tree:
 
     def restore(self) -> None:
         for module, children, parameters, buffers in self.nodes:
-            for now, before in (
+            pairs: tuple[tuple[Any, Any], ...] = (
                 (module._modules, children),
                 (module._parameters, parameters),
                 (module._buffers, buffers),
-            ):
+            )
+            for now, before in pairs:
                 if not _same(now, before):
                     now.clear()
                     now.update(before)

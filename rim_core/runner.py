@@ -149,7 +149,7 @@ def run_key(
     known = notebooks.parameters(notebook, source)
     parts = {
         "notebook": digest([_normalised(cell) for cell in source["cells"]]),
-        "parameters": digest(_by_content(_resolved(known, places.suite_name(suite), overrides))),
+        "parameters": digest(_by_content(project, _resolved(known, places.suite_name(suite), overrides))),
         "rim_core": identity.science(),
         "libraries": digest(dict(identity.libraries())),
         "models": digest(suite_hashes(suite)),
@@ -158,9 +158,9 @@ def run_key(
     return digest(parts), parts
 
 
-def _by_content(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _by_content(project: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with the content of each file that one names in place of its path."""
-    files = notebooks.files_of(parameters)
+    files = notebooks.files_of(parameters, project)
     return {**parameters, **{name: identity.file_hash(path) for name, path in files.items()}}
 
 
