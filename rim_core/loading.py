@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rim_core import checks as identity_checks
-from rim_core import placement, sites, suitecheck, tracing, weights
+from rim_core import packing, placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
 from rim_core.checkpointfiles import read_base
 from rim_core.errors import InputError, WeightsError, first_line
@@ -367,6 +367,7 @@ def _load_checkpoint(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    packing.import_bitsandbytes()
     config = None
     if quantization == "nf4":
         config = BitsAndBytesConfig(
@@ -402,14 +403,7 @@ def _load_checkpoint(
             f"{ref} cannot be quantised: {type(hf).__name__} has no linear layer that can be packed; load it with "
             "quantization=None"
         )
-    hf.eval().requires_grad_(False)
-    module: Any
-    for module in hf.modules():
-        # On CPUs with AVX512-BF16 the first forward would repack 4-bit weights in place, after which gradients
-        # and dequantised weights are silently wrong.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return hf, tokenizer
+    return packing.keep_packed(hf.eval().requires_grad_(False)), tokenizer
 
 
 def _tokenizer(folder: str, where: dict[str, str]) -> Any:

@@ -1,15 +1,34 @@
-"""Interventions written once more: plain hooks on the Hugging Face model, one unpadded prompt, no cache."""
+"""Plain transformers: models loaded as references, and interventions written once more, as hooks, one prompt alone."""
 
 import contextlib
 import gc
 
 import torch
 from families import MODULES
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import rim_core as rim
+from rim_core.packing import keep_packed
 from rim_core.tracing import encode, pad_left
 
 OUTPUTS = {"resid_post": "", "attn_out": "attention", "mlp_out": "mlp"}
+
+
+def plain_model(folder, quantization=None, dtype=torch.float32, **options):
+    """A causal language model as plain transformers loads it, on the CPU: the one way to a reference.
+
+    Its 4-bit weights stay as they were packed. Otherwise bitsandbytes would repack them at the first forward pass
+    on a processor with AVX512-BF16, and a test would fail there and nowhere else.
+    """
+    config = None
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    hf = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map="cpu", quantization_config=config, **options
+    )
+    return keep_packed(hf.eval())
 
 
 @contextlib.contextmanager
