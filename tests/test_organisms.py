@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain import plain_model
+from safetensors.torch import load
 
 import rim_core as rim
 from rim_core import organisms
@@ -143,6 +144,7 @@ def test_a_training_that_was_stopped_ends_in_the_same_bits(tiny, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             go_on(stop_at=stop)
     state = (tmp_path / "state").read_bytes()
+    assert load(state), "safetensors, and no pickle"
     resumed = go_on()
     assert steps[:6] == [1, 2, 3, 3, 4, 4]
     assert steps[5:] == list(range(4, steps[-1] + 1))
