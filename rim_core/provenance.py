@@ -6,7 +6,6 @@ The kernel that ran a notebook is asked about itself at the end (`of_process`), 
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from typing import Any
 import psutil
 
 from rim_core import __version__, suitefile, weights
-from rim_core import workspace as places
 
 _PACKAGES = (
     "torch",
@@ -79,12 +77,16 @@ def models(suite: str) -> dict[str, dict[str, Any]]:
     elif "hub" in read.base:
         base = _model(read.base["hub"], read.base.get("revision"))
     else:
-        base = _model(read.base["folder"])
+        base = _model(read.base.get("folder") or read.base["gguf"])
+    if "chat_template" in read.base:
+        base["chat_template"] = weights.known_sha256(Path(read.base["chat_template"]))
     found = {"base": base}
     for role in read.roles.values():
         own = role.adapter or role.checkpoint
         if own:
             found[role.name] = {"kind": "adapter" if role.adapter else "checkpoint", **_model(own)}
+            if role.chat_template:
+                found[role.name]["chat_template"] = weights.known_sha256(Path(role.chat_template))
         elif role.name != "base":
             found[role.name] = {"source": "base"}
     return found
@@ -160,6 +162,8 @@ def _model(source: str, revision: str | None = None) -> dict[str, Any]:
     if local.is_dir():
         # Only the folder's name: where it lies is the user's own business.
         return {"source": f"folder {local.name}", "files": _hashes(local)}
+    if local.suffix == ".gguf" and local.is_file():
+        return {"source": f"file {local.name}", "files": {local.name: weights.known_sha256(local)}}
     snapshot = _snapshot(source, revision)
     told = f"{source}@{revision}" if revision else source
     if snapshot is None:
@@ -187,26 +191,12 @@ def _cached_hash(path: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Hash a folder's model files; a file is hashed once on this machine for each change of it."""
-    memory = places.cache_dir() / "hashes.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    found: dict[str, str] = {}
-    new: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _MODEL_FILES and path.is_file():
-            stat = path.stat()
-            key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
-            found[path.name] = known.get(key) or new.setdefault(key, weights.sha256_file(path))
-    if new:
-        with contextlib.suppress(OSError):  # a convenience only
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
-            beside.write_text(json.dumps({**known, **new}, indent=1), encoding="utf-8")
-            beside.replace(memory)
-    return found
+    """Hash a folder's model files."""
+    return {
+        path.name: weights.known_sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.suffix in _MODEL_FILES and path.is_file()
+    }
 
 
 def _git_commit(project: Path) -> str | None:
