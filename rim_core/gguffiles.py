@@ -34,32 +34,30 @@ def read_header(path: Path) -> Header:
         reader = GGUFReader(path)
         told = {name: reader.fields[name].contents() for name in reader.fields if _is_wanted(name)}
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
+        if path.stat().st_size < end:
+            raise ValueError
         shapes = {
             tensor.name: tuple(int(length) for length in reversed(tensor.shape)) for tensor in reader.tensors
         }
+        architecture = str(told.get("general.architecture", ""))
+        layers, heads = (
+            _number(told.get(f"{architecture}.{key}", 0)) for key in ("block_count", "attention.head_count")
+        )
+        parts = _number(told.get("split.count", 1))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception:  # the reader fails in whatever way the damage leads to
         raise WeightsError(f"{path} is damaged or cut short, or no GGUF: fetch it again") from None
-    if path.stat().st_size < end:
-        raise WeightsError(f"{path} is damaged or cut short, or no GGUF: fetch it again")
-    if int(told.get("split.count", 1)) > 1:
-        raise InputError(f"{path} is one part of {told['split.count']}: merge them into one file first")
-    architecture = str(told.get("general.architecture", ""))
+    if parts > 1:
+        raise InputError(f"{path} is one part of {parts}: merge them into one file first")
     if not architecture or not shapes:
         raise InputError(f"{path} holds no model: its header names no architecture, or no weights")
+    return Header(architecture, layers, heads, shapes, bool(told.get("tokenizer.chat_template")))
 
-    def number(key: str) -> int:
-        value: Any = told.get(f"{architecture}.{key}", 0)
-        return max(value) if isinstance(value, list) else int(value)
 
-    return Header(
-        architecture,
-        number("block_count"),
-        number("attention.head_count"),
-        shapes,
-        bool(told.get("tokenizer.chat_template")),
-    )
+def _number(value: Any) -> int:
+    """A count; where layers differ there is a list of them, and the largest counts."""
+    return int(max(value)) if isinstance(value, list) else int(value)
 
 
 def _is_wanted(name: str) -> bool:

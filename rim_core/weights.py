@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from rim_core.errors import WeightsError
+from rim_core.errors import WeightsError, first_line
 from rim_core.workspace import cache_dir
 
 _BLOCK = 1 << 20
@@ -320,6 +320,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         WeightsError: the file is damaged or of an architecture that transformers cannot read from GGUF.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -341,11 +342,11 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise WeightsError(f"cannot read {gguf}: {str(error).splitlines()[0]}") from None
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise WeightsError(
-            f"{gguf} is damaged or not a GGUF that can be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise WeightsError(f"cannot read {gguf}: {first_line(error)}") from None
+    except SafetensorError as error:
+        raise WeightsError(f"cannot write what {gguf} is converted to: {first_line(error)}") from None
+    except Exception as error:  # each architecture's and tokenizer's code fails in its own way
+        raise WeightsError(f"{gguf} is damaged or not a GGUF that can be read: {first_line(error)}") from None
     finally:
         if bar:
             logging.enable_progress_bar()

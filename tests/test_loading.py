@@ -239,5 +239,7 @@ def test_a_relative_folder_starts_at_the_suite_s_file_and_identifies_it(tiny_fol
 def test_a_suite_s_base_has_one_source(tmp_path, base):
     suite = tmp_path / "own.yml"
     suite.write_text(f"base: {base}\nroles:\n  base:\n")
-    with pytest.raises(InputError, match=r"own\.yml: base needs one of the keys wheel, hub .* and folder"):
+    with pytest.raises(
+        InputError, match=r"own\.yml: base needs one of the keys wheel, hub .*, folder and gguf"
+    ):
         rim.load_suite(suite)
