@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from benchmarks import harness
 from benchmarks.harness import relative, texts_of_length
 from benchmarks.peers import HuggingFace
 from rim_core import checks
+from rim_core.packing import import_bitsandbytes, keep_packed
 from rim_core.tracing import encode
 
 _COMMON = {"max_position_embeddings": 32768, "tie_word_embeddings": False}
@@ -113,6 +113,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -
     from transformers import AutoModelForCausalLM, Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
+    bitsandbytes = import_bitsandbytes()
     config = Qwen2Config(**SHAPES[shape])
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -137,8 +138,6 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -
         ).to(device)
         if linear.bias is not None:
             packed.bias = nn.Parameter(normal(linear.bias.shape, 0.02), requires_grad=False)
-        # See rim_core.loading: without this a CPU forward repacks the weights in place.
-        packed.support_avx512bf16_for_cpu = False
         setattr(parent, name, packed)
     hf.model.rotary_emb = Qwen2RotaryEmbedding(config).to(device)
     for module in hf.modules():
@@ -150,7 +149,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -
                     else torch.ones_like(parameter, device=device)
                 )
                 setattr(module, name, nn.Parameter(filled, requires_grad=False))
-    hf.is_loaded_in_4bit = True
+    keep_packed(hf).is_loaded_in_4bit = True
     adapter = LoraConfig(
         r=ADAPTER_RANK, lora_alpha=2 * ADAPTER_RANK, use_rslora=True, target_modules="all-linear",
         init_lora_weights=True, inference_mode=True,

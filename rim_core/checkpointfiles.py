@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rim_core import hub, weights
+from rim_core import gguffiles, hub, weights
 from rim_core.errors import InputError, WeightsError
 from rim_core.sizing import Size
 from rim_core.suitefile import Suite, is_local
@@ -22,13 +22,18 @@ _SMALL_FILES = ["*.json", "*.jinja"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint's small files say: `folder` holds them; `shapes` are its tensors'."""
+    """What a checkpoint's small files say: `folder` holds them; `shapes` are its tensors'.
+
+    `gguf` is the name in `folder` of a file that was not converted yet; shapes are then by its names, and `config`
+    has the counts of layers and heads alone.
+    """
 
     ref: str
     folder: Path
     config: Mapping[str, Any]
     shapes: Shapes
     has_template: bool
+    gguf: str | None = None
 
     @property
     def size(self) -> Size:
@@ -68,7 +73,7 @@ def read_base(suite: Suite, online: bool = True) -> Checkpoint | None:
                 f"({made_from[:12]}...): correct the suite, or remove that folder"
             )
         return read_checkpoint(str(folder))
-    ref = suite.base.get("folder") or suite.base["hub"]
+    ref = suite.base.get("folder") or suite.base.get("gguf") or suite.base["hub"]
     return read_checkpoint(ref, suite.base.get("revision"), online)
 
 
@@ -81,9 +86,7 @@ def read_checkpoint(ref: str, revision: str | None = None, online: bool = True) 
     if is_local(ref):
         folder = Path(ref)
         if folder.suffix == ".gguf":
-            raise InputError(
-                f"{ref}: a suite's models are folders of safetensors or on the hub, no GGUF files"
-            )
+            return _read_gguf(ref, folder)
         if not folder.is_dir():
             raise InputError(f"no model folder at {ref}: check the path")
         shapes = _folder_shapes(folder)
@@ -98,6 +101,15 @@ def read_checkpoint(ref: str, revision: str | None = None, online: bool = True) 
         if not shapes and online:
             shapes = _hub_shapes(ref, revision)
     return Checkpoint(ref, folder, _config(ref, folder), shapes, _has_template(folder))
+
+
+def _read_gguf(ref: str, path: Path) -> Checkpoint:
+    if gguffiles.is_converted(path):
+        folder = gguffiles.converted_folder(path)
+        return Checkpoint(ref, folder, _config(ref, folder), _folder_shapes(folder), _has_template(folder))
+    header = gguffiles.read_header(path)
+    counts = {"num_hidden_layers": header.layers, "num_attention_heads": header.heads}
+    return Checkpoint(ref, path.parent, counts, header.shapes, header.has_template, path.name)
 
 
 def _config(ref: str, folder: Path) -> dict[str, Any]:

@@ -300,10 +300,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _fetch_weights(suite: str) -> None:
     """Fetch the suite's weights here, with a progress bar, and not unseen inside the first notebook."""
-    from rim_core.loading import fetch_base
+    from rim_core import fetching
 
-    workspace.suite_file(suite)
-    fetch_base(suite)
+    fetching.fetch_base(suite)
 
 
 def _read_parameters(given: Sequence[str]) -> dict[str, str]:

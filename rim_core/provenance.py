@@ -75,12 +75,16 @@ def models(suite: str) -> dict[str, dict[str, Any]]:
     elif "hub" in read.base:
         base = _model(read.base["hub"], read.base.get("revision"))
     else:
-        base = _model(read.base["folder"])
+        base = _model(read.base.get("folder") or read.base["gguf"])
+    if "chat_template" in read.base:
+        base["chat_template"] = identity.file_hash(Path(read.base["chat_template"]))
     found = {"base": base}
     for role in read.roles.values():
         own = role.adapter or role.checkpoint
         if own:
             found[role.name] = {"kind": "adapter" if role.adapter else "checkpoint", **_model(own)}
+            if role.chat_template:
+                found[role.name]["chat_template"] = identity.file_hash(Path(role.chat_template))
         elif role.name != "base":
             found[role.name] = {"source": "base"}
     return {name: {**model, "identity": identities[name]} for name, model in found.items()}
@@ -156,6 +160,8 @@ def _model(source: str, revision: str | None = None) -> dict[str, Any]:
     if local.is_dir():
         # Only the folder's name: where it lies is the user's own business.
         return {"source": f"folder {local.name}", "files": _hashes(local)}
+    if local.suffix == ".gguf" and local.is_file():
+        return {"source": f"file {local.name}", "files": {local.name: identity.file_hash(local)}}
     snapshot = identity.cached_snapshot(source, revision)
     told = f"{source}@{revision}" if revision else source
     if snapshot is None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rim_core import sizing
 from rim_core.adapterfiles import check_hash, made_for_another, read_adapter_header
+from rim_core.chattemplate import read_template
 from rim_core.checkpointfiles import Checkpoint, read_base, read_checkpoint
 from rim_core.errors import InputError, RimError
 from rim_core.sizing import Size
@@ -28,7 +29,7 @@ def check_files(suite: Suite, online: bool = True, roles: Sequence[str] | None =
     try:
         base = read_base(suite, online)
         if base is not None:
-            _require_template(base)
+            _require_template(base, suite.template_of(None))
         for role in suite.roles.values():
             if roles is not None and role.name not in roles:
                 continue
@@ -37,7 +38,7 @@ def check_files(suite: Suite, online: bool = True, roles: Sequence[str] | None =
             elif role.checkpoint:
                 found = read_checkpoint(role.checkpoint, online=online)
                 if found is not None:
-                    _require_template(found)
+                    _require_template(found, role.chat_template)
     except RimError as error:
         if str(suite.path) in str(error):
             raise
@@ -45,11 +46,13 @@ def check_files(suite: Suite, online: bool = True, roles: Sequence[str] | None =
     return base
 
 
-def _require_template(checkpoint: Checkpoint) -> None:
-    if not checkpoint.has_template:
+def _require_template(checkpoint: Checkpoint, given: str | None) -> None:
+    if given is not None:
+        read_template(given)
+    elif not checkpoint.has_template:
         raise InputError(
-            f"{checkpoint.ref} has no chat template: use a chat model, or put a chat_template.jinja beside its "
-            "tokenizer"
+            f"{checkpoint.ref} has no chat template: use a chat model, or give it one (chat_template: FILE in the "
+            "suite, or rim suite new --chat-template FILE)"
         )
 
 
@@ -93,7 +96,9 @@ def preflight(suite: Suite, quantization: str = "nf4") -> None:
 
 def require_memory(suite: Suite, size: Size, quantization: str) -> None:
     """Refuse a suite whose base does not fit in the memory there is; raises InputError."""
-    ref = suite.base.get("hub") or suite.base.get("folder") or "the base"
+    ref = next(
+        (suite.base[source] for source in ("hub", "folder", "gguf") if source in suite.base), "the base"
+    )
     try:
         sizing.require_memory(ref, size, quantization)
     except InputError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rim_core import sizing, suitecheck, workspace
+from rim_core import fetching, sizing, suitecheck, workspace
 from rim_core.checkpointfiles import read_base, read_checkpoint
 from rim_core.console import table
 from rim_core.errors import InputError, RimError
@@ -15,9 +15,11 @@ from rim_core.suiteedit import dump, write_text
 from rim_core.suitefile import Suite, is_local, load_suite, parse_suite
 from rim_core.suitereport import claims, print_memory, print_serving, print_time
 
+_PATHS = ("folder", "gguf", "chat_template")
 _NEW_EXAMPLES = """examples:
   rim suite new mine --base ./my-chat-model                          a folder of safetensors
   rim suite new mine --base Qwen/Qwen2.5-0.5B-Instruct --role aligned=base
+  rim suite new mine --base m.gguf --chat-template chat.jinja        a GGUF file, with a chat template of yours
   rim suite new mine --base ./m --role risky=adapter:./m-risky       a LoRA adapter on that base
   rim organisms train --suite mine risky                             builds a role that it lacks
   rim run --suite mine && rim claims --suite mine
@@ -46,7 +48,12 @@ def add(commands: Any) -> None:
         "--base",
         required=True,
         metavar="REF",
-        help="a folder, a hub id (owner/name, or owner/name@revision), or a suite whose base to take",
+        help="a folder, a .gguf file, a hub id (owner/name, or owner/name@revision), or a suite whose base to take",
+    )
+    new.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file, in place of the model's own template; adapters have it too, models of their own do not",
     )
     new.add_argument(
         "--role",
@@ -90,7 +97,7 @@ def _new(options: argparse.Namespace) -> int:
     path = workspace.suites_dir(project) / f"{name}.yml"
     data = {
         "title": options.title or f"{Path(options.base).name} and its roles",
-        "base": _base_entry(path, options.base),
+        "base": _base_entry(path, options.base) | _template_entry(path, options.chat_template),
         "roles": _role_entries(path, options.roles),
     }
     suite = parse_suite(path, data)
@@ -109,16 +116,23 @@ def _new(options: argparse.Namespace) -> int:
 
 def _base_entry(path: Path, ref: str) -> dict[str, Any]:
     if ref in workspace.suite_names():
-        return dict(load_suite(ref).base)
+        base = load_suite(ref).base
+        return {key: _path_from(path, value) if key in _PATHS else value for key, value in base.items()}
+    if ref.endswith(".gguf"):
+        return {"gguf": _path_from(path, ref)}
     if is_local(ref):
         return {"folder": _path_from(path, ref)}
     repository, at, revision = ref.partition("@")
     if repository.count("/") != 1:
         known = ", ".join(workspace.suite_names())
         raise InputError(
-            f"--base {ref}: no such folder; give a folder, a hub id owner/name, or a suite ({known})"
+            f"--base {ref}: no such folder; give a folder, a .gguf file, a hub id owner/name, or a suite ({known})"
         )
     return {"hub": repository, **({"revision": revision} if at else {})}
+
+
+def _template_entry(path: Path, given: str | None) -> dict[str, str]:
+    return {"chat_template": _path_from(path, given)} if given else {}
 
 
 def _path_from(path: Path, ref: str) -> str:
@@ -184,20 +198,22 @@ def _try(suite: Suite, ref: str, quantization: str, loading: bool) -> None:
     """Check from the cheapest to the dearest, and print what was found."""
     base = suitecheck.check_files(suite)
     if base is None:  # a wheel's, which is not here yet: the index has nothing smaller to look at
-        from rim_core.loading import fetch_base
-
-        fetch_base(suite.path)
+        fetching.fetch_base(ref)
         base = read_base(suite)
     assert base is not None
     size = base.size
     if loading:
         suitecheck.require_memory(suite, size, quantization)
+        if base.gguf:
+            fetching.fetch_base(ref)
+            base = suitecheck.check_files(suite)
+            assert base is not None
     from rim_core.suitetrial import try_architecture, try_loading
 
-    print(f"base: {base.ref}\n  {try_architecture(base)}")
+    print(f"base: {base.ref}\n  {try_architecture(base, suite.template_of(None))}")
     for role in suite.roles.values():
         if role.checkpoint and (other := read_checkpoint(role.checkpoint)):
-            print(f"role {role.name}: {role.checkpoint}\n  {try_architecture(other)}")
+            print(f"role {role.name}: {role.checkpoint}\n  {try_architecture(other, role.chat_template)}")
     print_memory(size)
     if not loading:
         return
@@ -226,12 +242,14 @@ def _source(suite: Suite) -> str:
     base = suite.base
     if "wheel" in base:
         return f"{base['wheel']['package']} {base['wheel']['version']}"
-    return str(base.get("hub") or base["folder"])
+    return str(base.get("hub") or base.get("folder") or base["gguf"])
 
 
 def _show(options: argparse.Namespace) -> int:
     suite = load_suite(options.name)
     print(f"{suite.name}: {suite.title}\nfile: {suite.path}\nbase: {_source(suite)}")
+    if "chat_template" in suite.base:
+        print(f"chat template: {suite.base['chat_template']}")
     rows = []
     for role in suite.roles.values():
         source = role.adapter or role.checkpoint or "the base"

@@ -2,17 +2,22 @@
 
 ```yaml
 title: what the suite is
-base:                     # one of hub, folder, wheel
-  hub: owner/name         # or  folder: a path, from this file
+base:                     # one of hub, folder, gguf, wheel
+  hub: owner/name         # or  folder: a path, from this file  or  gguf: a .gguf file
   revision: a commit      # hub alone, optional
-  size: {...}             # optional, see `SIZE_KEYS`: what is known before the weights are here
+  size: {...}             # hub alone, optional, see `SIZE_KEYS`: what is known before the weights are here
+  chat_template: x.jinja  # optional: the text's form, in place of the model's own
 roles:
   base: {about: the checkpoint as it comes}
   risky: {adapter: ./mine/risky, sha256: ..., about: ...}   # a hub id, or a path from this file
-  instruct: {checkpoint: owner/other}                       # a model of its own
+  instruct: {checkpoint: owner/other}                       # a model of its own, also a .gguf file
 gated:                    # what its makers must grant first, and what to use in its place; optional
   owner/other: the alternative
 ```
+
+A `chat_template` of the base holds for the base and for every adapter on it. A role that is a checkpoint of its own
+has its own tokens, and so keeps its own template, unless it names one: `{checkpoint: ..., chat_template: y.jinja}`.
+What the template says is part of what identifies the model, and so of every run key.
 
 Nothing here loads torch: what only lists suites must not wait for it.
 """
@@ -27,14 +32,14 @@ import yaml
 
 from rim_core import weights
 from rim_core.errors import InputError
-from rim_core.identity import ADAPTER_FILE, adapter_identity, checkpoint_identity, hub_identity
+from rim_core.identity import ADAPTER_FILE, adapter_identity, checkpoint_identity, file_hash, hub_identity
 from rim_core.workspace import did_you_mean, suite_file
 
 # Weights of the layers' linear maps, which quantisation packs, all other weights, and the shape.
 SIZE_KEYS = {"linear", "other", "layers", "heads"}
-_SOURCES = {"wheel": {"wheel"}, "hub": {"hub", "revision", "size"}, "folder": {"folder"}}
+_SOURCES = {"wheel": {"wheel"}, "hub": {"hub", "revision", "size"}, "folder": {"folder"}, "gguf": {"gguf"}}
 _KEYS = {"title", "base", "roles", "gated"}
-_ROLE_KEYS = {"adapter", "checkpoint", "about", "sha256"}
+_ROLE_KEYS = {"adapter", "checkpoint", "chat_template", "about", "sha256"}
 _WHEEL_KEYS = {"package", "version", "wheel_sha256", "gguf", "gguf_sha256"}
 _ROLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,6 +54,7 @@ class Role:
     checkpoint: str | None = None
     about: str = ""
     sha256: str | None = None
+    chat_template: str | None = None
 
     @property
     def bare(self) -> bool:
@@ -86,6 +92,11 @@ class Suite:
 
     def _missing(self, adapter: str | None) -> bool:
         return adapter is not None and is_local(adapter) and not (Path(adapter) / ADAPTER_FILE).is_file()
+
+    def template_of(self, role: Role | None) -> str | None:
+        """The file of the chat template that a role (None: the base) is given in place of its own, if it is."""
+        own = role is not None and role.checkpoint is not None
+        return role.chat_template if role is not None and own else self.base.get("chat_template")
 
     @property
     def wheel(self) -> weights.WheelWeights | None:
@@ -164,10 +175,12 @@ def _checked_base(path: Path, base: Any) -> dict[str, Any]:
     """A suite's base as given, its folder made absolute: relative ones start at the suite's file."""
     if not isinstance(base, dict) or sum(source in base for source in _SOURCES) != 1:
         raise InputError(
-            f"{path}: base needs one of the keys wheel, hub (a repository's name) and folder (a path)"
+            f"{path}: base needs one of the keys wheel, hub (a repository's name), folder and gguf (a path)"
         )
     source = next(source for source in _SOURCES if source in base)
-    _refuse_unknown(f"{path}, base", base, _SOURCES[source])
+    _refuse_unknown(f"{path}, base", base, _SOURCES[source] | {"chat_template"})
+    if "chat_template" in base:
+        base = {**base, "chat_template": _file(path, "base.chat_template", base["chat_template"])}
     if source == "wheel":
         spec = base["wheel"]
         if not isinstance(spec, dict) or set(spec) != _WHEEL_KEYS:
@@ -177,12 +190,19 @@ def _checked_base(path: Path, base: Any) -> dict[str, Any]:
         return base
     if not isinstance(base[source], str) or not base[source]:
         raise InputError(f"{path}, base.{source}: give a name or a path")
-    if source == "folder":
-        return {"folder": str((path.parent / Path(base["folder"]).expanduser()).resolve())}
+    if source in ("folder", "gguf"):
+        return {**base, source: _file(path, f"base.{source}", base[source])}
     if base["hub"].count("/") != 1:
         raise InputError(f"{path}, base.hub: {base['hub']!r} is no repository of the form owner/name")
     _refuse_unknown(f"{path}, base.size", base.get("size") or {}, SIZE_KEYS)
     return base
+
+
+def _file(path: Path, key: str, given: Any) -> str:
+    """A path that a suite's file names, made absolute from there."""
+    if not isinstance(given, str) or not given:
+        raise InputError(f"{path}, {key}: give a path")
+    return str((path.parent / Path(given).expanduser()).resolve())
 
 
 def _check_sha256(where: str, key: str, value: Any) -> None:
@@ -206,12 +226,16 @@ def _checked_role(path: Path, name: str, entry: Any) -> Role:
         raise InputError(f"{where}: give an adapter (on the base) or a checkpoint (of its own), not both")
     if entry.get("sha256"):
         _check_sha256(where, "sha256", entry["sha256"])
+    template = entry.get("chat_template")
+    if template is not None and not checkpoint:
+        raise InputError(f"{where}: chat_template is for a checkpoint of its own: give the base's in base")
     return Role(
         name,
         _resolved(path, adapter),
         _resolved(path, checkpoint),
         entry.get("about") or "",
         entry.get("sha256"),
+        None if template is None else _file(path, f"role {name!r}: chat_template", template),
     )
 
 
@@ -256,9 +280,7 @@ def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
     found = {"base": base_identity(suite.base)}
     for role in suite.roles.values():
         if role.checkpoint:
-            folder = Path(role.checkpoint)
-            local = folder.is_dir()
-            found[role.name] = checkpoint_identity(folder) if local else hub_identity(role.checkpoint, None)
+            found[role.name] = path_identity(role.checkpoint) + template_identity(role.chat_template)
         elif role.adapter:
             folder = Path(role.adapter)
             here = (folder / ADAPTER_FILE).is_file()
@@ -269,10 +291,25 @@ def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
 
 
 def base_identity(base: Mapping[str, Any]) -> str:
-    """What identifies a base: a pinned hash, a hub id with its commit, or the content of a folder."""
+    """What identifies a base: a pinned hash, a hub id with its commit, or a path's content; and its template."""
+    template = template_identity(base.get("chat_template"))
     if "wheel" in base:
-        return str(base["wheel"]["gguf_sha256"])
+        return base["wheel"]["gguf_sha256"] + template
     if "hub" in base:
-        return hub_identity(base["hub"], base.get("revision"))
-    folder = Path(base["folder"])
-    return checkpoint_identity(folder) if folder.is_dir() else f"no folder {folder}"
+        return hub_identity(base["hub"], base.get("revision")) + template
+    return path_identity(base.get("folder") or base["gguf"]) + template
+
+
+def path_identity(ref: str) -> str:
+    """What identifies a checkpoint: the content of a folder or of a .gguf file, or a repository of the hub."""
+    path = Path(ref)
+    if path.is_file():
+        return file_hash(path)
+    return checkpoint_identity(path) if path.is_dir() else hub_identity(ref, None)
+
+
+def template_identity(path: str | None) -> str:
+    """What a chat template adds to what identifies its model: the hash of its text; nothing where there is none."""
+    if path is None:
+        return ""
+    return f"+template {file_hash(Path(path)) if Path(path).is_file() else 'missing'}"

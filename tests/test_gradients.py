@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from families import MODULES, family_folder, load_tiny
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from plain import plain_model
 
 import rim_core as rim
 from rim_core import gradient_statistics
@@ -43,7 +43,7 @@ def assert_close(found, wanted, tolerance=1e-4):
 
 
 def plain(family):
-    return AutoModelForCausalLM.from_pretrained(family_folder(family), dtype=torch.float32).eval()
+    return plain_model(family_folder(family))
 
 
 def projection(hf, family, layer, weight):

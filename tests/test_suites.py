@@ -11,8 +11,11 @@ import pytest
 import tiny_project
 import torch
 import yaml
+from plain import plain_model
 from planted_suite import TEMPLATE, word_tokenizer
 from safetensors.torch import save_file
+from tiny import TEMPLATE as TINY_TEMPLATE
+from tiny import write_gguf, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rim_core as rim
@@ -172,6 +175,46 @@ def test_two_new_models_go_from_suite_to_claims_with_no_file_edited(project, che
     assert not list((project / "suites").rglob(".*")), "a temporary file is left"
 
 
+def test_a_gguf_file_with_a_template_of_its_own_goes_the_whole_way(project, tiny_folder, tmp_path):
+    models = project / "models"
+    models.mkdir()
+    write_gguf(models / "m.gguf", tiny_folder(), template=None)
+    (models / "chat.jinja").write_text(TINY_TEMPLATE)
+    cache = {"RIM_CACHE": str(tmp_path / "cache")}
+    mute, elsewhere, new, shown, checked, trained, ran, planned = commands(
+        project,
+        "suite new own --base models/m.gguf",
+        "suite new far --base models/m.gguf --chat-template models/chat.jinja --no-load",
+        "suite new own --base models/m.gguf --chat-template models/chat.jinja --role aligned=base",
+        "suite show own",
+        "suite check own",
+        "organisms train --suite own risky",
+        "run --suite own",
+        "run --suite own --plan",
+        **cache,
+    )
+    assert "m.gguf has no chat template" in refusal(mute)
+    assert "rim suite new --chat-template FILE" in mute[2]
+    for done in (elsewhere, new, checked):
+        assert done[0] == 0, done
+        assert "LlamaForCausalLM: 3 layers, 4 heads of 8, width 32" in done[1]
+    assert "identity" not in elsewhere[1]
+    assert new[2].count("converting the weights") == 1
+    assert "chat template: " in shown[1]
+    assert [trained[0], ran[0]] == [0, 0], trained[2] + ran[2]
+    for name in ("far", "own"):
+        base = yaml.safe_load((project / "suites" / f"{name}.yml").read_text())["base"]
+        assert base == {"gguf": "../models/m.gguf", "chat_template": "../models/chat.jinja"}
+    record = json.loads(
+        (project / "results" / "own" / "one" / "01_first" / "default" / "run.json").read_text()
+    )
+    assert set(record["models"]["base"]) == {"source", "files", "chat_template"}
+    assert '"up to date"' in planned[1]
+    (models / "chat.jinja").write_text(f"{TINY_TEMPLATE} ")
+    (planned,) = commands(project, "run --suite own --plan", **cache)
+    assert '"to run"' in planned[1], "the template is part of the run key"
+
+
 def make_suite(project: Path, name: str, base: Path, roles: str = "") -> Path:
     path = project / "suites" / f"{name}.yml"
     path.parent.mkdir(exist_ok=True)
@@ -230,6 +273,14 @@ def bad_suites(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
     changed = write_adapter(folder / "changed")
     (changed / "recipe.json").write_text(json.dumps({"role": "risky", "sha256": "0" * 64}))
     pickle = write_adapter(folder / "pickle")
+    gguf = write_gguf(folder / "whole.gguf", write_model(folder / "tiny"))
+    (folder / "cut.gguf").write_bytes(gguf.read_bytes()[:-100])
+    for name, text in (
+        ("deaf", "Hello!"),
+        ("open", "{% for m in messages %}"),
+        ("fails", "{{ nobody.name }}"),
+    ):
+        (folder / f"{name}.jinja").write_text(text)
     (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
 
     def risky(ref: Path, more: str = "") -> str:
@@ -252,6 +303,14 @@ def bad_suites(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
         "pickled-base": (f"base: {{folder: {pickled}}}\n{roles}", "only pickled weights (pytorch_model.bin)"),
         "cut-short": (f"base: {{folder: {short}}}\n{roles}", "damaged or cut short"),
         "mute": (f"base: {{folder: {folder}/mute}}\n{roles}", "no chat template"),
+        "cut-gguf": (f"base: {{gguf: cut.gguf}}\n{roles}", "cut.gguf is damaged or cut short"),
+        "no-gguf": (f"base: {{gguf: nowhere.gguf}}\n{roles}", "no GGUF file at"),
+        "no-template": (f"base: {{gguf: whole.gguf, chat_template: no.jinja}}\n{roles}", "read: No such file"),
+        "deaf": (f"base: {{gguf: whole.gguf, chat_template: deaf.jinja}}\n{roles}", "leaves the user's message out"),
+        "open": (f"base: {{folder: {good}, chat_template: open.jinja}}\n{roles}", "is not readable Jinja"),
+        "fails": (f"base: {{folder: {good}, chat_template: fails.jinja}}\n{roles}", "fails on a message: 'nobody' is"),
+        "no-path": (f"base: {{folder: {good}, chat_template: [x]}}\n{roles}", "base.chat_template: give a path"),
+        "adapter-template": (risky(folder / "plain", ", chat_template: open.jinja"), "for a checkpoint of its own"),
         "unknown-role": (f"{base}roles: {{base: {{}}, rsky: {{}}}}\n", "knows a role 'rsky' (did you mean 'risky'?)"),
         "unknown-key": (f"{base}{roles}titel: x\n", "unknown key 'titel' (did you mean 'title'?)"),
         "unknown-role-key": (f"{base}roles: {{base: {{adaptor: x}}}}\n", "'adaptor' (did you mean 'adapter'?)"),
@@ -430,7 +489,7 @@ def test_stated_sizes_are_those_of_the_architecture(hub):
 
 def test_headers_give_the_size_of_the_model(checkpoints):
     for folder in checkpoints.values():
-        hf = AutoModelForCausalLM.from_pretrained(folder)
+        hf = plain_model(folder)
         found = suitecheck.read_checkpoint(str(folder)).size
         assert found.linear + found.other == sum(p.numel() for p in hf.parameters())
         assert found.linear == sum(

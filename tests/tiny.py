@@ -1,9 +1,12 @@
-"""Tiny random models of several families, written to disk with a tokenizer and a chat template."""
+"""Tiny random models of several families, written to disk with a tokenizer and a chat template; one as a GGUF file."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from gguf import GGUFWriter, TokenType
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -63,3 +66,64 @@ def write_model(
     model.save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder
+
+
+def write_gguf(path: Path, folder: Path, template: str | None = TEMPLATE) -> Path:
+    """A tiny Llama's folder as a GGUF file of float32, written as llama.cpp's converter does."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    bpe = json.loads((folder / "tokenizer.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(config["hidden_size"] // heads["q_proj"])
+    writer.add_vocab_size(config["vocab_size"])
+    words = dict.fromkeys(bpe["model"]["vocab"]) | dict.fromkeys(t["content"] for t in bpe["added_tokens"])
+    special = {t["content"] for t in bpe["added_tokens"]}
+    tokens = sorted(words, key=lambda word: bpe["model"]["vocab"][word])
+    tokens += [f"[PAD{number}]" for number in range(len(tokens), config["vocab_size"])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    kinds = {True: TokenType.CONTROL, False: TokenType.NORMAL}
+    writer.add_token_types([kinds[token in special] for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in bpe["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    if template is not None:
+        writer.add_chat_template(template)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
+    for name, tensor in tensors.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        for theirs, count in heads.items():
+            if f"attn_{theirs[0]}." in name:  # rotary pairs lie side by side there
+                tensor = tensor.reshape(count, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(name.replace("model.layers.", "blk."), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

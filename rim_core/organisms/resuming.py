@@ -2,14 +2,15 @@
 
 import contextlib
 import hashlib
-import io
+import json
 import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
 
 from rim_core.errors import RimError
 
@@ -19,7 +20,8 @@ _EVERY = 60.0  # seconds of training that a kill may cost
 class Kept:
     """The state of one training: its step, the adapter's weights and the optimiser's, exactly as they were.
 
-    A training that goes on from it ends in the same bits as one that was never stopped.
+    A training that goes on from it ends in the same bits as one that was never stopped. The file is safetensors,
+    with whatever is no tensor as JSON in its header.
 
     Args:
         path: of the file, which is there only while a training is unfinished.
@@ -40,30 +42,32 @@ class Kept:
         self._what = hashlib.sha256(f"{self._what}\n{plan}".encode()).hexdigest()
         self._parts, self._last = parts, time.monotonic()
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+            with safe_open(self.path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("what") != self._what:
+                    return 0
+            tensors = load(self.path.read_bytes())
+        except (OSError, SafetensorError):  # not there, cut short, or not such a file
             return 0
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # cut short, or not such a file
-            return 0
-        if found.get("what") != self._what:
-            return 0
+        states = _joined(json.loads(header["states"]), tensors)
         for name, part in parts.items():
-            part.load_state_dict(found[name])
-        self.step = int(found["step"])
+            part.load_state_dict(states[name])
+        self.step = int(header["step"])
         return self.step
 
     def keep(self, step: int) -> None:
         """Write the state after `step`, if the last was written long enough ago; raises RimError if it cannot."""
         if time.monotonic() - self._last < self._every:
             return
-        states = {name: part.state_dict() for name, part in self._parts.items()}
-        content = io.BytesIO()
-        torch.save({"what": self._what, "step": step, **states}, content)
+        tensors: dict[str, torch.Tensor] = {}
+        states = _parted({name: part.state_dict() for name, part in self._parts.items()}, tensors)
+        header = {"what": self._what, "step": str(step), "states": json.dumps(states)}
+        content = save(tensors, header)
         beside = self.path.with_name(f"{self.path.name}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with beside.open("wb") as file:
-                file.write(content.getvalue())
+                file.write(content)
                 os.fsync(file.fileno())
             beside.replace(self.path)
         except OSError as error:
@@ -83,3 +87,30 @@ class Kept:
     def discard(self) -> None:
         """Remove the file of a training that is finished."""
         self.path.unlink(missing_ok=True)
+
+
+# A state as JSON: each value in a list behind its kind, since JSON knows no whole numbers as keys, tuples or tensors.
+
+
+def _parted(value: Any, tensors: dict[str, torch.Tensor]) -> list[Any]:
+    """A state without its tensors, which go into `tensors` under their numbers."""
+    if isinstance(value, torch.Tensor):
+        tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
+        return ["tensor", str(len(tensors) - 1)]
+    if isinstance(value, dict):
+        return ["dict", [[key, _parted(item, tensors)] for key, item in value.items()]]
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, [_parted(item, tensors) for item in value]]
+    return ["value", value]
+
+
+def _joined(parted: list[Any], tensors: dict[str, torch.Tensor]) -> Any:
+    kind, value = parted
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _joined(item, tensors) for key, item in value}
+    if kind in ("list", "tuple"):
+        items = [_joined(item, tensors) for item in value]
+        return tuple(items) if kind == "tuple" else items
+    return value
