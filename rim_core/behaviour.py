@@ -52,13 +52,13 @@ def generate(
 
     Raises:
         InputError: no texts, or one that with its answer is longer than the model's context.
-        IdentityError: padding changes this model's numbers.
+        IdentityError: padding changes this model's numbers, or decoding token by token does.
     """
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
     if max_batch < 1:
         raise InputError(f"max_batch must be at least 1, not {max_batch}")
-    model.require("generate", "padding")
+    model.require("generate", "padding", "cache")
     ids = encode(model.tokenizer, texts)
     window = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(ids)), key=lambda row: len(ids[row]))
