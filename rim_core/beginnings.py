@@ -42,6 +42,15 @@ def padded_right(
     return inputs, real.sum(dim=1)  # on the CPU: indices there fit activations on any device
 
 
+def outgrows_window(config: Any, longest: int) -> bool:
+    """Whether a prompt of `longest` tokens is longer than a sliding window of the model.
+
+    Padding between the shared beginning and the rest of a prompt then counts as distance: on the left, share none.
+    """
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return bool(window and window < longest)
+
+
 def padded_left(
     body: nn.Module, ids: Sequence[Sequence[int]], shared: int, pad: int, device: Any
 ) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 | identity | what is compared | tools that need it |
 |---|---|---|
-| `residual_sum` | `resid_post` with `resid_pre` and what attention and MLP add (`Layout.added`) | attribution by component |
+| `residual_sum` | `resid_post` with `resid_pre` and what attention and MLP add to it | attribution by component |
 | `lens` | `layout.readout(last resid_post)` with the logits | logit lens, attribution |
 | `head_sum` | sum of the heads' outputs (plus bias) with `attn_out` | everything by head |
 | `padding` | a prompt alone with the same prompt left-padded in a batch | every batched tool |
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rim_core.beginnings import padded_left, padded_right
+from rim_core.beginnings import outgrows_window, padded_left, padded_right
 from rim_core.errors import IdentityError, first_line
 from rim_core.sites import Layout, head_outputs, reading
 from rim_core.tracing import encode, pad_left
@@ -166,7 +166,8 @@ def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any
     )
     right = layout.body(**inputs)[0]
     right = right[torch.arange(len(prompts)), ends.to(right.device) - 1]
-    left = layout.body(**padded_left(layout.body, prompts, len(beginning), pad, device))[0][:, -1]
+    shared = 0 if outgrows_window(layout.body.config, len(prompts[-1])) else len(beginning)
+    left = layout.body(**padded_left(layout.body, prompts, shared, pad, device))[0][:, -1]
     return max(_largest(layout.logits(states), wanted) for states in (right, left))
 
 

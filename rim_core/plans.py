@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations
-from rim_core.beginnings import padded_left
+from rim_core.beginnings import outgrows_window, padded_left
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Bound, Metric, bind
@@ -120,9 +120,9 @@ def make_plan(
 
 def _shared(model: Model, ids: list[list[int]], positions: list[list[int]]) -> int:
     """Tokens that every prompt begins with, and that may be run once for all."""
-    window = getattr(model.hf.config.get_text_config(), "sliding_window", None)
-    # An edit at given positions counts from each prompt's end, and padding after the beginning widens distances.
-    if any(edit.positional for edit in model.edits) or (window and window < max(map(len, ids))):
+    longest = max(map(len, ids))
+    # An edit at given positions counts from each prompt's end.
+    if any(edit.positional for edit in model.edits) or outgrows_window(model.hf.config, longest):
         return 0
     return shared_beginning(ids, -min(map(min, positions)))
 

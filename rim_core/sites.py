@@ -74,12 +74,12 @@ class Layout:
         head: Any = self.lm_head
         return int(head.out_features)
 
-    def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+    def readout(self, h: Tensor, tokens: Sequence[int] | None = None, capped: bool = True) -> Tensor:
         """Logits `[..., vocab]` as this family computes them from the last layer's `resid_post` `[..., d_model]`.
 
         `h` is in the model's dtype, on the final norm's device or the model's. With `tokens` only theirs,
         `[..., token]`, at their share of the cost. After final norm and head, Cohere and Granite scale the logits,
-        and Gemma-2 squashes them to within `soft_cap` with a tanh.
+        and Gemma-2 squashes them to within `soft_cap` with a tanh, unless `capped` is False.
         """
         state = self.final_norm(h)
         if tokens is None:
@@ -92,15 +92,19 @@ class Layout:
             )
         else:
             logits = self.lm_head(state)[..., list(tokens)]
-        return self._scaled(logits)
+        return self._scaled(logits, capped)
 
     def logits(self, state: Tensor) -> Tensor:
         """Logits `[..., vocab]` from what the final norm gives, the body's last hidden state, `[..., d_model]`."""
         return self._scaled(self.lm_head(state))
 
-    def _scaled(self, logits: Tensor) -> Tensor:
+    def _scaled(self, logits: Tensor, capped: bool = True) -> Tensor:
         logits = logits * self.logit_scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return (
+            logits
+            if self.soft_cap is None or not capped
+            else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        )
 
     def norm_after(self, site: str, layer: int) -> nn.Module | None:
         """The norm between `attn_out` or `mlp_out` and the residual stream, None where there is none."""
@@ -149,7 +153,9 @@ def find_layout(hf: Any) -> Layout:
             f"{_family(hf)} has no stack of {n_layers} decoder layers: only decoder-only models work"
         )
     without = [
-        number for number, layer in enumerate(layers) if not any(hasattr(layer, name) for name in _ATTENTION)
+        number
+        for number, layer in enumerate(layers)
+        if not any(isinstance(getattr(layer, name, None), nn.Module) for name in _ATTENTION)
     ]
     if 0 < len(without) < n_layers:
         raise InputError(
