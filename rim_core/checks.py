@@ -86,14 +86,11 @@ def measure(
     padded = both[ids.index(short), -len(short) :]
 
     n_layers = len(layout.layers)
-    residual = max(
-        residual_error(
-            found["resid_pre", i],
-            *(layout.added(site, i, found[site, i]) for site in ("attn_out", "mlp_out")),
-            found["resid_post", i],
-        )
-        for i in range(n_layers)
-    )
+    residual = 0.0
+    for i in range(n_layers):
+        attention, mlp = (layout.added(site, i, found[site, i]) for site in ("attn_out", "mlp_out"))
+        error = residual_error(found["resid_pre", i], attention, mlp, found["resid_post", i])
+        residual = max(residual, error)
     heads = 0.0
     for i in range(n_layers):
         z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))

@@ -67,7 +67,7 @@ SYSTEM = "You answer in a few plain words and stay on the topic."
 def test_layers_of_two_kinds_are_refused_at_load_in_one_line(tmp_path, family):
     folder = write_family(tmp_path, family, **REFUSED[family])
     with pytest.raises(
-        InputError, match="mixes attention with layers of another kind|no attention that"
+        InputError, match=r"mixes attention with layers of another kind|no attention that"
     ) as caught:
         rim.load(str(folder), quantization=None, device="cpu")
     assert "\n" not in str(caught.value)
