@@ -51,7 +51,7 @@ _PUBLIC = {
 }
 _MODULES = {
     *_PUBLIC.values(),
-    *("charts", "checks", "editing", "errors", "organisms", "runner", "sites", "stats"),
+    *("charts", "checks", "editing", "errors", "organisms", "runner", "sites", "stats", "writes"),
 }
 __all__ = sorted([*_PUBLIC, *_MODULES])
 

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rim_core import checking
+from rim_core.beginnings import padded_right
 from rim_core.errors import InputError, first_line
 from rim_core.identity import digest, libraries, science
 from rim_core.loading import Model
 from rim_core.sites import SITES, reading
-from rim_core.tracing import encode, pad_left, pad_right, run_batches, shared_beginning, token_budget
+from rim_core.tracing import encode, pad_left, run_batches, shared_beginning, token_budget
 from rim_core.workspace import cache_dir
 
 
@@ -187,8 +188,8 @@ def _passes(
     """Yield (rows, {site: [prompt, (position,) layer, ...]}) a batch; the language-model head is not run.
 
     A beginning that all prompts share, such as the chat template's system message, is run once a batch and laid
-    under every prompt as keys and values. The rest is then padded on the right: no gap comes between, so sliding
-    windows see the same distances as in a prompt alone.
+    under every prompt as keys and values, where this model's cache can be (identity `cache_batch`). The rest is then
+    padded on the right: no gap comes between, so sliding windows see the same distances as in a prompt alone.
     """
     if model.remote:
         for rows, found in model.remote.passes(ids, sites, picked):
@@ -198,7 +199,8 @@ def _passes(
         return
     shared = 0
     # An edit at given positions counts from each prompt's end, which the shared part does not have.
-    if picked is not None and not any(edit.positional for edit in model.edits):
+    whole = any(edit.positional for edit in model.edits) or not model.checks["cache_batch"].holds
+    if picked is not None and not whole:
         shared = shared_beginning(ids, -picked if isinstance(picked, int) else -min(picked))
     pad = model.tokenizer.pad_token_id
 
@@ -206,7 +208,7 @@ def _passes(
         batch = [ids[row][shared:] for row in rows]
         ends: Tensor | None = None
         if shared:
-            inputs, ends = _after(model, ids[0][:shared], batch, pad)
+            inputs, ends = padded_right(model.layout.body, ids[0][:shared], batch, pad, model.device)
         else:
             inputs = {**pad_left(batch, pad, model.device), "use_cache": False}
         with reading(model.layout, sites, lambda tensor: _pick(tensor, picked, ends)) as found:
@@ -242,26 +244,6 @@ def _pick(tensor: Tensor, picked: list[int] | int | None, ends: Tensor | None) -
     else:
         chosen = tensor[torch.arange(len(tensor))[:, None], ends[:, None] + torch.tensor(picked)]
     return chosen.to("cpu", torch.float32)
-
-
-def _after(
-    model: Model, beginning: list[int], batch: list[list[int]], pad: int
-) -> tuple[dict[str, Any], Tensor]:
-    """Model inputs for the rest of each prompt on top of the shared beginning, and where each prompt ends."""
-    start = torch.tensor([beginning], device=model.device)
-    past = model.layout.body(input_ids=start, use_cache=True).past_key_values
-    past.batch_repeat_interleave(len(batch))
-    tokens, real = pad_right(batch, pad)
-    shared, width = len(beginning), tokens.shape[1]
-    mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), real], dim=1).long()
-    inputs = {
-        "input_ids": tokens.to(model.device),
-        "attention_mask": mask.to(model.device),
-        "position_ids": torch.arange(shared, shared + width, device=model.device).expand(len(batch), -1),
-        "past_key_values": past,
-        "use_cache": True,
-    }
-    return inputs, real.sum(dim=1)  # on the CPU: indices there fit activations on any device
 
 
 def _stream(

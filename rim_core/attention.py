@@ -2,6 +2,10 @@
 
 Fast attention kernels never form the probabilities. While these tools run, the model attends by the plain
 ("eager") implementation, layer by layer, and each layer's pattern is cut down at once to what was asked for.
+
+Some families let a head look at nothing: a learned sink (gpt-oss), or a softmax with one in its denominator, takes
+part of the weight, and the tokens' probabilities sum to less than 1. That part is kept as `sink`; it is not to be
+taken for the first token, on which heads of other families rest.
 """
 
 import contextlib
@@ -37,32 +41,40 @@ class AttentionPatterns:
         layers: the layers read. queries: the query positions, counted from each text's end.
         probabilities: float32 `[prompt, (query,) layer, head, key]`; the keys are the text's tokens aligned at
             the end (key -1 is the last token), 0 on padding and wherever a query cannot look.
+        sink: what goes to no token, `[prompt, (query,) layer, head]`: 1 less the sum over keys; exactly 0 in models
+            without a sink, and where a text lacks the query.
         mask: which keys are tokens of the text, `[prompt, key]`.
     """
 
     layers: tuple[int, ...]
     queries: tuple[int, ...]
     probabilities: Tensor
+    sink: Tensor
     mask: Tensor
 
     @property
     def entropy(self) -> Tensor:
-        """Entropy of each head's pattern in nats, `[prompt, (query,) layer, head]`: 0 is one token only."""
-        return torch.special.entr(self.probabilities).sum(dim=-1)
+        """Entropy of each head's pattern in nats, `[prompt, (query,) layer, head]`: 0 is one token, or the sink."""
+        return torch.special.entr(self.probabilities).sum(dim=-1) + torch.special.entr(self.sink)
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each query, layer and head: mean entropy (nats) over texts, 95 % t interval, n.
+        """Give a row for each query, layer and head: mean entropy (nats) over texts, 95 % t interval, n, mean sink.
 
         With `queries="all"` only texts that have the query count.
         """
-        values = self.entropy
+        entropy, sink = self.entropy, self.sink
         if len(self.queries) > 1:
             absent = torch.tensor(self.queries)[None, :] < -self.mask.sum(dim=1, keepdim=True)
-            values = values.masked_fill(absent[:, :, None, None], torch.nan)
-        return mean_frame(values, query=self.queries, layer=self.layers, head=range(values.shape[-1]))
+            entropy, sink = (
+                values.masked_fill(absent[:, :, None, None], torch.nan) for values in (entropy, sink)
+            )
+        axes = {"query": self.queries, "layer": self.layers, "head": range(entropy.shape[-1])}
+        return mean_frame(entropy, **axes).assign(sink=mean_frame(sink, **axes)["mean"])
 
     def plot(self, prompt: int = 0, layer: int | None = None) -> "alt.LayerChart":
         """Draw where each head of one layer (by default the last one read) looks from the last query, in one text.
+
+        A model's sink is drawn as one more column, 0.
 
         Raises:
             InputError: a layer or text that this result does not hold.
@@ -81,18 +93,25 @@ class AttentionPatterns:
         index = pd.MultiIndex.from_product([range(heads), range(-keys, 0)], names=["head", "key"])
         frame = pd.DataFrame({"probability": pattern.flatten().double().numpy()}, index=index).reset_index()
         top = frame.iloc[int(frame["probability"].argmax())]
+        sink = self.sink[prompt, ..., self.layers.index(chosen), :]
+        sink = sink if sink.dim() == 1 else sink[-1]
+        to_none = ""
+        if sink.any():
+            shares = pd.DataFrame({"head": range(heads), "key": 0, "probability": sink.double().numpy()})
+            frame = pd.concat([frame, shares], ignore_index=True)
+            to_none = f"; the sink takes {sink.min():.2f} to {sink.max():.2f} of a head's"
         return charts.heatmap(
             frame,
             "probability",
             x="key",
             y="head",
             title=f"Where do the heads of layer {chosen} look?",
-            x_title="token attended to, from the end",
+            x_title="token attended to, from the end" + (" (0: the sink)" if to_none else ""),
             y_title="head",
             value_title="attention probability",
             description=(
                 f"Attention of layer {chosen} from token {self.queries[-1]} of text {prompt}; highest: head "
-                f"{top['head']:.0f} on token {top['key']:.0f} with {top['probability']:.2f}."
+                f"{top['head']:.0f} on token {top['key']:.0f} with {top['probability']:.2f}{to_none}."
             ),
         )
 
@@ -104,12 +123,14 @@ class SpanAttention:
     Attributes:
         layers: the layers read. spans: the spans' names. query: the query position, from each text's end.
         mass: float32 `[prompt, layer, head, span]`, 0 to 1.
+        sink: what goes to no token, `[prompt, layer, head]` (see `AttentionPatterns`); as `plot("sink")` it is drawn.
     """
 
     layers: tuple[int, ...]
     spans: tuple[str, ...]
     query: int
     mass: Tensor
+    sink: Tensor
 
     def difference(self, span: str, minus: str) -> Tensor:
         """Attention to one span minus attention to another, `[prompt, layer, head]`.
@@ -123,13 +144,16 @@ class SpanAttention:
         return self._mass(span) - self._mass(minus)
 
     def _mass(self, span: str) -> Tensor:
+        if span == "sink" and span not in self.spans:
+            return self.sink
         if span not in self.spans:
             raise InputError(f"SpanAttention: no span {span!r}; this holds {', '.join(self.spans)}")
         return self.mass[..., self.spans.index(span)]
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each layer, head and span: mean over texts, 95 % t interval, n."""
-        return mean_frame(self.mass, layer=self.layers, head=range(self.mass.shape[2]), span=self.spans)
+        """Give a row for each layer, head and span: mean over texts, 95 % t interval, n, and the head's mean sink."""
+        frame = mean_frame(self.mass, layer=self.layers, head=range(self.mass.shape[2]), span=self.spans)
+        return frame.assign(sink=self.sink.mean(dim=0).flatten().repeat_interleave(len(self.spans)).numpy())
 
     def plot(self, span: str, minus: str | None = None) -> "alt.LayerChart":
         """Draw the mean attention to a span, or its difference to another span's, layer by head.
@@ -191,19 +215,24 @@ def attention_patterns(
             f"attention_patterns: {' x '.join(map(str, shape))} probabilities take more than 2 GB; name fewer "
             "layers, queries or texts, or use attention_to_spans"
         )
-    result = torch.zeros(shape)
+    result, sink = torch.zeros(shape), torch.zeros(shape[:-1])
 
     def keep(pattern: Tensor, rows: list[int]) -> Tensor:
         # With "all" queries a batch of short texts lacks the furthest ones, and its padded slots are no queries.
         reached = [query for query in chosen if query >= -pattern.shape[-1]]
         absent = torch.tensor([[query < -lengths[row] for query in reached] for row in rows])
-        return pattern[:, :, reached].transpose(1, 2).cpu().float().masked_fill(absent[:, :, None, None], 0)
+        chosen_rows = torch.cat([pattern[:, :, reached], _sink(pattern[:, :, reached])[..., None]], dim=-1)
+        return chosen_rows.transpose(1, 2).cpu().float().masked_fill(absent[:, :, None, None], 0)
 
     for rows, found in _by_batch(model, ids, read, keep):
-        result[rows, -found.shape[1] :, :, :, width - found.shape[-1] :] = found
+        reached = slice(-found.shape[1], None)
+        result[rows, reached, :, :, width + 1 - found.shape[-1] :] = found[..., :-1]
+        sink[rows, reached] = found[..., -1]
     mask = torch.arange(-width, 0)[None, :] >= -torch.tensor(lengths)[:, None]
     single = checking.is_whole(queries) or (isinstance(queries, str) and queries == "last")
-    return AttentionPatterns(read, tuple(chosen), result[:, 0] if single else result, mask)
+    if single:
+        result, sink = result[:, 0], sink[:, 0]
+    return AttentionPatterns(read, tuple(chosen), result, sink, mask)
 
 
 @torch.no_grad()
@@ -246,12 +275,21 @@ def attention_to_spans(
         for number, positions in enumerate(spans.values()):
             for slot, row in enumerate(rows):
                 member[slot, number, list(positions[row])] = 1
-        return torch.einsum("bhk,bsk->bhs", pattern[:, :, position].float(), member.to(pattern.device)).cpu()
+        at = pattern[:, :, position]
+        mass = torch.einsum("bhk,bsk->bhs", at.float(), member.to(pattern.device))
+        return torch.cat([mass, _sink(at)[..., None]], dim=-1).cpu()
 
-    result = torch.zeros(len(ids), len(read), model.n_heads, len(spans))
+    result = torch.zeros(len(ids), len(read), model.n_heads, len(spans) + 1)
     for rows, found in _by_batch(model, ids, read, keep):
         result[rows] = found
-    return SpanAttention(read, tuple(spans), position, result)
+    return SpanAttention(read, tuple(spans), position, result[..., :-1], result[..., -1])
+
+
+def _sink(pattern: Tensor) -> Tensor:
+    """What goes to no key, float32 `[...]`, of probabilities `[..., key]`; what rounding alone may miss is none."""
+    missed = 1 - pattern.sum(dim=-1, dtype=torch.float32)
+    rounding = max(2 * torch.finfo(pattern.dtype).eps, 1e-5)
+    return missed.masked_fill(missed <= rounding, 0)
 
 
 def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list[int]:
@@ -324,7 +362,8 @@ def _by_batch(
         def hook(layer: int) -> Callable[[nn.Module, Any, Any], None]:
             def read(module: nn.Module, args: Any, output: Any) -> None:
                 pattern = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-                if pattern is None:
+                # Linear attention gives a state of another meaning in this place.
+                if pattern is None or pattern.shape[-2:] != (max(lengths[row] for row in rows),) * 2:
                     raise _no_probabilities(model)
                 found[layer] = keep(pattern, rows)
 

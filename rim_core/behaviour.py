@@ -59,11 +59,11 @@ def generate(
 
     Raises:
         InputError: no texts, or one that with its answer is longer than the model's context.
-        IdentityError: padding changes this model's numbers.
+        IdentityError: padding changes this model's numbers, or decoding token by token does.
     """
     max_new_tokens = whole(max_new_tokens, "max_new_tokens", 1)
     max_batch = whole(max_batch, "max_batch", 1)
-    model.require("generate", "padding")
+    model.require("generate", "padding", "cache")
     texts = checked(texts)
     ids = encode(model, texts, max_new_tokens)
     settings = {

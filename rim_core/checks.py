@@ -2,22 +2,29 @@
 
 | identity | what is compared | tools that need it |
 |---|---|---|
-| `residual_sum` | `resid_post` with `resid_pre + attn_out + mlp_out` | attribution by component |
+| `residual_sum` | `resid_post` with `resid_pre` and what attention and MLP add to it | attribution by component |
 | `lens` | `layout.readout(last resid_post)` with the logits | logit lens, attribution |
 | `head_sum` | sum of the heads' outputs (plus bias) with `attn_out` | everything by head |
 | `padding` | a prompt alone with the same prompt left-padded in a batch | every batched tool |
+| `cache` | prompts continued token by token in a batch, as in `generate`, with each alone and whole | `generate` |
+| `cache_batch` | unequal prompts on a shared beginning laid under them, with each alone and whole | `patch` |
+
+`capture` shares beginnings only where `cache_batch` holds, and else runs each prompt whole. An identity that cannot
+be measured, since the model fails, does not hold; its error is infinite.
 
 Errors are largest differences over the largest value compared, so they do not depend on the stream's scale.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rim_core.errors import IdentityError
+from rim_core.beginnings import outgrows_window, padded_left, padded_right
+from rim_core.errors import IdentityError, first_line
 from rim_core.sites import Layout, head_outputs, reading
 from rim_core.tracing import encode, pad_left
 
@@ -28,17 +35,23 @@ PROBE_TEXTS = (
 )
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Tokens that are fed one by one: enough for a state to be read, written, and read again.
+_STEPS = 3
 # LLM.int8 rounds activations too, and which columns it spares depends on the whole batch.
 INT8_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
 class Check:
-    """One identity: its measured relative error, and whether that is within the tolerance of the dtype."""
+    """One identity: its measured relative error, and whether that is within the tolerance of the dtype.
+
+    `reason` says why it could not be measured, where the error is infinite.
+    """
 
     identity: str
     error: float
     tolerance: float
+    reason: str = ""
 
     @property
     def holds(self) -> bool:
@@ -52,30 +65,32 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
-def residual_error(found: Mapping[tuple[str, int], Tensor], layer: int) -> float:
-    """How far `resid_post` of a layer is from what came in and what attention and MLP wrote."""
-    attention, mlp = found["attn_out", layer], found["mlp_out", layer]
+def residual_error(before: Tensor, attention: Tensor, mlp: Tensor, after: Tensor) -> float:
+    """How far `after`, a layer's `resid_post`, is from what came in and what attention and MLP added."""
     # At a boundary between devices a layer's input is still on the device before.
-    return relative(
-        found["resid_pre", layer].to(attention.device) + attention + mlp, found["resid_post", layer]
-    )
+    return relative(before.to(attention.device) + attention + mlp, after)
 
 
 @torch.no_grad()
 def measure(
     hf: Any, tokenizer: Any, layout: Layout, dtype: torch.dtype, quantization: str | None = None
 ) -> dict[str, Check]:
-    """Measure every identity on two short prompts; takes two forward passes."""
+    """Measure every identity on two short prompts; takes some ten forward passes of a few tokens."""
     device = hf.get_input_embeddings().weight.device
     ids = encode(tokenizer, PROBE_TEXTS)
     short, pad = min(ids, key=len), tokenizer.pad_token_id or 0
     sites = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z")
     with reading(layout, sites, lambda tensor: tensor.detach().clone()) as found:
         logits = hf(**pad_left([short], pad, device), use_cache=False).logits
-    padded = hf(**pad_left(ids, pad, device), use_cache=False).logits[ids.index(short), -len(short) :]
+    both = hf(**pad_left(ids, pad, device), use_cache=False).logits
+    padded = both[ids.index(short), -len(short) :]
 
     n_layers = len(layout.layers)
-    residual = max(residual_error(found, i) for i in range(n_layers))
+    residual = 0.0
+    for i in range(n_layers):
+        attention, mlp = (layout.added(site, i, found[site, i]) for site in ("attn_out", "mlp_out"))
+        error = residual_error(found["resid_pre", i], attention, mlp, found["resid_post", i])
+        residual = max(residual, error)
     heads = 0.0
     for i in range(n_layers):
         z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))
@@ -90,8 +105,71 @@ def measure(
         "head_sum": heads,
         "padding": relative(padded, logits[0]),
     }
+    # The longer prompt fills its row; the shorter one is compared with itself alone.
+    alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
+    attempts = {
+        "cache": _attempt(lambda: _decoding_error(hf, ids, alone, pad, device)),
+        "cache_batch": _attempt(lambda: _beginning_error(layout, ids, pad, device)),
+    }
+    errors |= {name: error for name, (error, _) in attempts.items()}
+    reasons = {name: reason for name, (_, reason) in attempts.items()}
     tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
-    return {name: Check(name, error, tolerance) for name, error in errors.items()}
+    return {name: Check(name, error, tolerance, reasons.get(name, "")) for name, error in errors.items()}
+
+
+def _attempt(measured: Callable[[], float]) -> tuple[float, str]:
+    """An error and why it is infinite: models with caches of their own fail in ways of their own."""
+    try:
+        return measured(), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return math.inf, f"{type(error).__name__}: {first_line(error)}"
+
+
+def _decoding_error(hf: Any, ids: list[list[int]], alone: list[Tensor], pad: int, device: Any) -> float:
+    """How far the logits of the last tokens, fed one by one after cached, left-padded prompts, are from `alone`.
+
+    `alone` holds each prompt's logits `[position, vocab]`, of one pass of the whole prompt.
+    """
+    steps = min(_STEPS, min(map(len, ids)) - 1)
+    inputs: dict[str, Tensor] = pad_left([row[:-steps] for row in ids], pad, device)
+    mask, past = inputs.pop("attention_mask"), None
+    worst = 0.0
+    for step in range(steps, 0, -1):
+        out = hf(**inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        worst = max(worst, _largest(out.logits[:, -1], [row[-step - 1] for row in alone]))
+        tokens = torch.tensor([[row[-step]] for row in ids], device=device)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+        inputs = {"input_ids": tokens, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+    out = hf(**inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+    return max(worst, _largest(out.logits[:, -1], [row[-1] for row in alone]))
+
+
+def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:
+    """How far the last logits of prompts on a shared beginning are from those of each prompt whole and alone.
+
+    The longer probe is the beginning, and the shorter one, whole and in part, what follows. Both paddings are tried.
+    """
+    beginning, rest = max(ids, key=len), min(ids, key=len)
+    prompts = [beginning + rest[: max(1, len(rest) // 3)], beginning + rest]
+    wanted = [
+        layout.logits(layout.body(**pad_left([row], pad, device), use_cache=False)[0][0, -1])
+        for row in prompts
+    ]
+    inputs, ends = padded_right(
+        layout.body, beginning, [row[len(beginning) :] for row in prompts], pad, device
+    )
+    right = layout.body(**inputs)[0]
+    right = right[torch.arange(len(prompts)), ends.to(right.device) - 1]
+    shared = 0 if outgrows_window(layout.body.config, len(prompts[-1])) else len(beginning)
+    left = layout.body(**padded_left(layout.body, prompts, shared, pad, device))[0][:, -1]
+    return max(_largest(layout.logits(states), wanted) for states in (right, left))
+
+
+def _largest(found: Tensor, wanted: list[Tensor]) -> float:
+    return max(relative(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 @torch.no_grad()
@@ -111,8 +189,10 @@ def require(checks: Mapping[str, Check], name: str, tool: str, identities: tuple
     for identity in identities:
         check = checks[identity]
         if not check.holds:
+            measured = f"is off by {check.error:.1e} (at most {check.tolerance:.0e} is allowed)"
+            if check.reason:
+                measured = f"cannot be measured, the model fails ({check.reason})"
             raise IdentityError(
-                f"{tool} cannot be trusted on {name}: the identity {identity!r} is off by {check.error:.1e} "
-                f"(at most {check.tolerance:.0e} is allowed); use a tool that does not need it, or a model of another "
-                "family"
+                f"{tool} cannot be trusted on {name}: the identity {identity!r} {measured}; use a tool that does not "
+                "need it, or a model of another family"
             )

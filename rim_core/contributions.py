@@ -1,7 +1,9 @@
 """Who wrote the residual stream: logit differences as sums over heads and MLPs, and projections of what each writes.
 
 No weight is read or folded: the model's own modules are run, and transposed by differentiation, so that packed
-4-bit weights and LoRA-wrapped projections are measured as they compute. The terms of an attribution sum to the logit
+4-bit weights and LoRA-wrapped projections are measured as they compute. Where a family normalises what attention and
+MLP write before it is added to the stream (Gemma-2 and -3, OLMo-2), each head's part is carried through that norm at
+the scale that it has there, as through the final norm (see `writes`). The terms of an attribution sum to the logit
 difference, which is checked, not assumed.
 """
 
@@ -23,6 +25,7 @@ from rim_core.measuring import Positions, measure, one_of
 from rim_core.sites import pull_back
 from rim_core.unembedding import final_norm, norm_scale, unembedding_direction
 from rim_core.vocabulary import Tokens, two_sides
+from rim_core.writes import added, held, way
 
 if TYPE_CHECKING:
     import altair as alt
@@ -36,9 +39,10 @@ class Attribution:
 
     Attributes:
         toward, against: labels of the tokens on either side.
-        logit_difference: mean logit of `toward` minus that of `against`, `[prompt]`.
-        embedding: `[prompt]`. heads: `[prompt, layer, head]`. attention_bias: the output projections' biases,
-            `[prompt, layer]`. mlp: `[prompt, layer]`.
+        logit_difference: mean logit of `toward` minus that of `against`, `[prompt]`; before the soft cap that
+            Gemma-2 puts on its logits.
+        embedding: `[prompt]`. heads: `[prompt, layer, head]`. attention_bias: the output projections' biases and
+            those of the norm after them, `[prompt, layer]`. mlp: `[prompt, layer]`.
         constant: the share of the final norm's and the head's biases, equal for all prompts.
         residual: what the terms miss of the logit difference, `[prompt]`: rounding.
     """
@@ -156,8 +160,10 @@ def direct_logit_attribution(
 
     The final norm's scale is frozen at the value it has for that prompt, which makes the readout linear; a
     term's contribution is its inner product with one direction a prompt (Elhage et al. 2021; paper C, figure
-    13, which leaves the norm out: for that, see `unembedding_direction` and `head_contributions`). Several
-    tokens on a side count by the mean of their logits. Indirect effects, through later layers, are not in it.
+    13, which leaves the norm out: for that, see `unembedding_direction` and `head_contributions`). So is that of
+    the norms that some families put on what attention and MLP write. Several tokens on a side count by the mean of
+    their logits. A soft cap (Gemma-2) is no part of the sum: it squashes each logit, and keeps their order. Indirect
+    effects, through later layers, are not in it.
 
     Args:
         model: a loaded model; the adapter and edits now active apply.
@@ -166,21 +172,17 @@ def direct_logit_attribution(
 
     Raises:
         InputError: tokens as in `logit_lens`, or one token on both sides.
-        IdentityError: logits that are no linear function of the stream (soft cap, a norm of another kind), a
-            stream that is not the sum of what is written to it, or terms that miss the logit difference.
+        IdentityError: a norm that is neither LayerNorm nor RMSNorm, a stream that is not the sum of what is written
+            to it, or terms that miss the logit difference.
     """
     tool = "direct_logit_attribution"
     layout = model.layout
-    if layout.soft_cap is not None:
-        raise IdentityError(
-            f"{tool} cannot be trusted on {model.name}: its logits are soft-capped at {layout.soft_cap:g}, so they "
-            "are no sum of contributions; use logit_lens, or patch"
-        )
     model.require(tool, "residual_sum", "lens", "head_sum", "padding")
     (toward_labels, toward_ids), (against_labels, against_ids) = two_sides(model, toward, against)
     named, split = [*toward_ids, *against_ids], len(toward_ids)
     unembedded = unembedding_direction(model, toward_ids, against_ids)
     norm = final_norm(model)
+    ways = [way(model, "attn_out", layer) for layer in range(model.n_layers)]
     nothing = torch.zeros(1, model.d_model, device=model.device, dtype=model.dtype)
     head_bias = layout.lm_head(nothing)[0, named].float().cpu()
     constant = float(
@@ -189,21 +191,29 @@ def direct_logit_attribution(
 
     def read(acts: Activations) -> dict[str, Tensor]:
         last = acts["resid_post"][:, -1]
-        logits = layout.readout(last.to(model.device, model.dtype), named).float().cpu()
+        logits = layout.readout(last.to(model.device, model.dtype), named, capped=False).float().cpu()
         directions = norm_scale(model, norm, last, tool)[:, None] * norm.transposed(unembedded)
         terms = {
             "logit_difference": logits[:, :split].mean(dim=1) - logits[:, split:].mean(dim=1),
             "embedding": (acts["resid_pre"][:, 0] * directions).sum(dim=-1),
-            "mlp": (acts["mlp_out"] * directions[:, None]).sum(dim=-1),
+            "mlp": (_all_added(model, "mlp_out", acts["mlp_out"]) * directions[:, None]).sum(dim=-1),
         }
         heads, biases = [], []
-        for layer in range(model.n_layers):
-            pulled = _pulled(model, layer, directions)
-            heads.append((acts["head_z"][:, layer] * pulled).sum(dim=-1))
-            biases.append(directions @ _attention_bias(model, layer))
+        for layer, passage in enumerate(ways):
+            before = passage.back(directions)
+            by_head = (acts["head_z"][:, layer] * _pulled(model, layer, before)).sum(dim=-1)
+            bias = before @ _attention_bias(model, layer)
+            if passage.norm is not None:
+                scale = held(model, passage, "attn_out", layer, acts["attn_out"][:, layer], tool)
+                by_head, bias = by_head * scale[:, None], bias * scale + passage.bias(directions)
+            heads.append(by_head)
+            biases.append(bias)
         return {**terms, "heads": torch.stack(heads, dim=1), "attention_bias": torch.stack(biases, dim=1)}
 
-    _, found = measure(model, texts, ("resid_pre", "resid_post", "head_z", "mlp_out"), "last", read)
+    sites = ["resid_pre", "resid_post", "head_z", "mlp_out"]
+    if any(passage.norm is not None for passage in ways):
+        sites.append("attn_out")
+    _, found = measure(model, texts, sites, "last", read)
     difference = found.pop("logit_difference")
     terms = torch.cat([values.reshape(len(values), -1) for values in found.values()], dim=1)
     residual = difference - terms.sum(dim=1) - constant
@@ -229,6 +239,9 @@ def head_contributions(
 ) -> HeadContributions:
     """Project what every head, attention, MLP and the embedding write on a direction: `<W_O z_h, w> / |w|`.
 
+    What is written is what is added to the stream: in families with a norm between, what the norm makes of it at
+    the scale that it has at that position.
+
     Source: paper B, head contribution (its figure 6), where `w` is the prober's weight vector and the position
     the last one.
 
@@ -240,24 +253,41 @@ def head_contributions(
 
     Raises:
         InputError: a direction of another shape, not finite or zero; texts and positions as in `capture`.
-        IdentityError: heads and MLPs do not write to the stream as they are (a norm comes between), attention is
-            not the sum of its heads, or padding changes the model's numbers.
+        IdentityError: the stream is not the sum of what heads and MLPs write, through a norm of a known kind where
+            one comes between, attention is not the sum of its heads, or padding changes the model's numbers.
     """
-    model.require("head_contributions", "residual_sum", "head_sum", "padding")
+    tool = "head_contributions"
+    model.require(tool, "residual_sum", "head_sum", "padding")
     directions = by_layer(model, direction).cpu()
     unit = directions / directions.norm(dim=-1, keepdim=True)
-    pulled = torch.stack([_pulled(model, layer, unit[layer]) for layer in range(model.n_layers)])
+    ways = [way(model, "attn_out", layer) for layer in range(model.n_layers)]
+    pulled = torch.stack(
+        [_pulled(model, layer, passage.back(unit[layer])) for layer, passage in enumerate(ways)]
+    )
 
     def read(acts: Activations) -> dict[str, Tensor]:
+        heads = (acts["head_z"] * pulled).sum(dim=-1)
+        for layer, passage in enumerate(ways):
+            if passage.norm is not None:
+                output = acts["attn_out"][..., layer, :]
+                heads[..., layer, :] *= held(model, passage, "attn_out", layer, output, tool)[..., None]
         return {
-            "heads": (acts["head_z"] * pulled).sum(dim=-1),
-            "attention": (acts["attn_out"] * unit).sum(dim=-1),
-            "mlp": (acts["mlp_out"] * unit).sum(dim=-1),
+            "heads": heads,
+            "attention": (_all_added(model, "attn_out", acts["attn_out"]) * unit).sum(dim=-1),
+            "mlp": (_all_added(model, "mlp_out", acts["mlp_out"]) * unit).sum(dim=-1),
             "embedding": acts["resid_pre"][..., 0, :] @ unit[0],
         }
 
     listed, found = measure(model, texts, ("resid_pre", "head_z", "attn_out", "mlp_out"), positions, read)
     return HeadContributions(listed, **found)
+
+
+def _all_added(model: Model, site: str, outputs: Tensor) -> Tensor:
+    """What each layer adds, given `attn_out` or `mlp_out` as captured, `[..., layer, d_model]`."""
+    if all(way(model, site, layer).plain for layer in range(model.n_layers)):
+        return outputs
+    layers = [added(model, site, layer, outputs[..., layer, :]) for layer in range(model.n_layers)]
+    return torch.stack(layers, dim=-2)
 
 
 def _pulled(model: Model, layer: int, directions: Tensor) -> Tensor:

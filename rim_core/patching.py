@@ -139,7 +139,8 @@ def patch(
 
     Raises:
         InputError: arguments that do not fit each other or the model.
-        IdentityError: padding changes this model's numbers, or its heads do not add up.
+        IdentityError: padding changes this model's numbers, its heads do not add up, or its layers keep other state
+            than keys and values, so that patched runs cannot stand side by side on one beginning.
     """
     plan = make_plan(
         model, source, destination, components, metric, layers, positions, source_positions, units

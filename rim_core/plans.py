@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from rim_core.activations import Activations
+from rim_core.beginnings import outgrows_window, padded_left
 from rim_core.checking import is_whole, listed, shown, whole_numbers
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Bound, Metric, bind
-from rim_core.rows import Run, batch_inputs
+from rim_core.rows import Run
 from rim_core.sites import pick, reading
 from rim_core.texts import encode
 from rim_core.tracing import shared_beginning
@@ -69,7 +70,7 @@ def make_plan(
     """Check the arguments of `patch`; raises InputError or IdentityError as it does."""
     if components not in COMPONENTS:
         raise InputError(f"unknown components {components!r}: choose from {', '.join(COMPONENTS)}")
-    model.require("patch", "padding", *(["head_sum"] if components == "heads" else []))
+    model.require("patch", "padding", "cache_batch", *(["head_sum"] if components == "heads" else []))
     ids = encode(model, destination)
     site = COMPONENTS[components]
     where = _per_pair(positions, ids, "positions")
@@ -121,9 +122,9 @@ def make_plan(
 
 def _shared(model: Model, ids: list[list[int]], positions: list[list[int]]) -> int:
     """Tokens that every prompt begins with, and that may be run once for all."""
-    window = getattr(model.hf.config.get_text_config(), "sliding_window", None)
-    # An edit at given positions counts from each prompt's end, and padding after the beginning widens distances.
-    if any(edit.positional for edit in model.edits) or (window and window < max(map(len, ids))):
+    longest = max(map(len, ids))
+    # An edit at given positions counts from each prompt's end.
+    if any(edit.positional for edit in model.edits) or outgrows_window(model.hf.config, longest):
         return 0
     return shared_beginning(ids, -min(map(min, positions)))
 
@@ -236,7 +237,8 @@ def read_source(model: Model, plan: Plan, rows: list[int]) -> tuple[dict[int, Te
         stored = plan.activations[rows].to(model.device)
         return {layer: stored[:, layer, None] for layer in wanted}, None
     assert plan.source_ids is not None
-    inputs = batch_inputs(model, [plan.source_ids[row] for row in rows], plan.shared)
+    ids = [plan.source_ids[row] for row in rows]
+    inputs = padded_left(model.layout.body, ids, plan.shared, model.tokenizer.pad_token_id, model.device)
     at = rectangle([plan.source_positions[row] for row in rows], model.device)
     at = at + inputs["input_ids"].shape[1]
     each = torch.arange(len(rows), device=model.device)[:, None]

@@ -129,16 +129,22 @@ class Remote:
         """The identities that the remote tools rest on, measured there on two short prompts by three requests."""
         ids = encode(self.tokenizer, checks.PROBE_TEXTS)
         short, last = min(ids, key=len), len(self.layout.layers) - 1
-        sites = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        sites = ("resid_pre", "attn_added", "mlp_added", "resid_post")
         found = self._read(self._inputs([short]), sites, slice(None), logits=True)
         self.dtype = found["resid_post", last].dtype
         both = self._read(self._inputs(ids), (), slice(-len(short), None), logits=True)
         # Enough of the vocabulary to tell, and few enough to send.
         tokens = torch.linspace(0, self.layout.d_vocab - 1, 64).long()
         logits = found["logits", 0][0].float()
+        factors = (1.0, self.layout.residual_multiplier, self.layout.residual_multiplier, 1.0)
         read = self.read_out(found["resid_post", last][0, -1:], tokens[None])["logit"]
         errors = {
-            "residual_sum": max(checks.residual_error(found, layer) for layer in range(last + 1)),
+            "residual_sum": max(
+                checks.residual_error(
+                    *(found[site, layer] * times for site, times in zip(sites, factors, strict=True))
+                )
+                for layer in range(last + 1)
+            ),
             "lens": checks.relative(read[0], logits[-1, tokens]),
             "padding": checks.relative(both["logits", 0][ids.index(short)], logits),
         }
@@ -162,8 +168,10 @@ class Remote:
                 ("resid_pre", True, lambda at: layout.layers[at]),
                 ("head_z", True, lambda at: layout.attention_out[at]),
                 ("attn_out", False, lambda at: layout.attention[at]),
+                ("attn_added", False, lambda at: layout.attention_norm[at] or layout.attention[at]),
                 ("mlp_neurons", True, layout.down_projection),
                 ("mlp_out", False, lambda at: layout.mlp[at]),
+                ("mlp_added", False, lambda at: layout.mlp_norm[at] or layout.mlp[at]),
                 ("resid_post", False, lambda at: layout.layers[at]),
             ):
                 if site in sites:

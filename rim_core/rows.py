@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rim_core.beginnings import padded_left
 from rim_core.editing import Frame, additive_mask
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.metrics import Bound
 from rim_core.sites import pick, reading, tensor_of
-from rim_core.tracing import pad_left
 
 Columns = slice | Tensor
 # The arguments of a decoder layer that hold something for each token, and the axis of the tokens.
@@ -71,7 +71,7 @@ def run_clean(
 
     The first `shared` tokens, which all prompts begin with, are run once for all of them.
     """
-    inputs = batch_inputs(model, ids, shared)
+    inputs = padded_left(model.layout.body, ids, shared, model.tokenizer.pad_token_id, model.device)
     width, cache = inputs["input_ids"].shape[1], inputs["past_key_values"]
     calls: dict[int, dict[str, Any]] = {}
     states: dict[int, Tensor] = {}
@@ -108,22 +108,6 @@ def run_clean(
     positions = torch.cat([torch.arange(shared, device=model.device) - lengths, own], dim=1)
     score = metric.score(final[metric.site, metric.layer])
     return Clean(cache, calls, states, score, positions, tail)
-
-
-def batch_inputs(model: Model, ids: Sequence[Sequence[int]], shared: int) -> dict[str, Any]:
-    """Left-padded inputs of the body with a cache, which holds the `shared` tokens that all prompts begin with."""
-    inputs: dict[str, Any] = pad_left(
-        [row[shared:] for row in ids], model.tokenizer.pad_token_id, model.device
-    )
-    cache = DynamicCache()
-    if shared:
-        beginning = torch.tensor([ids[0][:shared]], device=model.device)
-        cache = model.layout.body(input_ids=beginning, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(ids))
-        inputs["position_ids"] = inputs["position_ids"] + shared
-        seen = inputs["attention_mask"]
-        inputs["attention_mask"] = torch.cat([seen.new_ones(len(ids), shared), seen], dim=1)
-    return {**inputs, "past_key_values": cache, "use_cache": True}
 
 
 def _cut(name: str, value: Any, width: int, tail: int) -> Any:

@@ -12,7 +12,10 @@ Sites, each per layer (d = d_model):
 | `mlp_neurons` | [..., d_mlp] | input of the MLP's down projection |
 
 Where the MLP is a mixture of experts there is no one down projection, so `mlp_neurons` is refused. Gemma-2 and -3 and
-OLMo-2 normalise what attention and MLP write before it is added: `attn_out` and `mlp_out` are before that norm.
+OLMo-2 normalise what attention and MLP write before it is added, and Granite multiplies it: `attn_out` and `mlp_out`
+are before that, and `Layout.added` is what reaches the stream, so that for every layer
+
+    resid_pre + added("attn_out", attn_out) + added("mlp_out", mlp_out) = resid_post
 """
 
 import contextlib
@@ -32,18 +35,28 @@ _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 _ATTENTION_OUT = ("o_proj", "dense", "c_proj", "out_proj")
 _MLP = ("mlp", "feed_forward")
 _MLP_OUT = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2")
+# Norms of what the MLP, and of what attention alone, has written.
+_MLP_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_ATTENTION_NORM = "post_self_attn_layernorm"
 _FINAL_NORM = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The modules that `rim_core` reads and writes, and the model's shapes."""
+    """The modules that `rim_core` reads and writes, and the model's shapes.
+
+    `attention_norm` and `mlp_norm` are the norms that each layer puts on what attention and MLP have written, None
+    where it adds that as it is; `residual_multiplier` is what it multiplies it by.
+    """
 
     layers: tuple[nn.Module, ...]
     attention: tuple[nn.Module, ...]
     attention_out: tuple[nn.Module, ...]
     mlp: tuple[nn.Module, ...]
     mlp_out: tuple[nn.Module | None, ...]  # None where the MLP is a mixture of experts
+    attention_norm: tuple[nn.Module | None, ...]
+    mlp_norm: tuple[nn.Module | None, ...]
+    residual_multiplier: float
     final_norm: nn.Module
     lm_head: nn.Module
     body: nn.Module
@@ -63,12 +76,12 @@ class Layout:
             head = head.original_module
         return int(head.out_features)
 
-    def readout(self, h: Tensor, tokens: Sequence[int] | None = None) -> Tensor:
+    def readout(self, h: Tensor, tokens: Sequence[int] | None = None, capped: bool = True) -> Tensor:
         """Logits `[..., vocab]` as this family computes them from the last layer's `resid_post` `[..., d_model]`.
 
         `h` is in the model's dtype, on the final norm's device or the model's. With `tokens` only theirs,
         `[..., token]`, at their share of the cost. After final norm and head, Cohere and Granite scale the logits,
-        and Gemma-2 squashes them to within `soft_cap` with a tanh.
+        and Gemma-2 squashes them to within `soft_cap` with a tanh, unless `capped` is False.
         """
         state = self.final_norm(h)
         if tokens is None:
@@ -81,15 +94,32 @@ class Layout:
             )
         else:
             logits = self.lm_head(state)[..., list(tokens)]
-        return self._scaled(logits)
+        return self._scaled(logits, capped)
 
     def logits(self, state: Tensor) -> Tensor:
         """Logits `[..., vocab]` from what the final norm gives, the body's last hidden state, `[..., d_model]`."""
         return self._scaled(self.lm_head(state))
 
-    def _scaled(self, logits: Tensor) -> Tensor:
+    def _scaled(self, logits: Tensor, capped: bool = True) -> Tensor:
         logits = logits * self.logit_scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return (
+            logits
+            if self.soft_cap is None or not capped
+            else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        )
+
+    def norm_after(self, site: str, layer: int) -> nn.Module | None:
+        """The norm between `attn_out` or `mlp_out` and the residual stream, None where there is none."""
+        return (self.attention_norm if site == "attn_out" else self.mlp_norm)[layer]
+
+    def added(self, site: str, layer: int, output: Tensor) -> Tensor:
+        """What the layer adds to the stream, given its `attn_out` or `mlp_out` `[..., d_model]`.
+
+        `output` is in the model's dtype where there is a norm (see `norm_after`).
+        """
+        norm = self.norm_after(site, layer)
+        written = output if norm is None else norm(output)
+        return written if self.residual_multiplier == 1 else written * self.residual_multiplier
 
     def down_projection(self, layer: int) -> nn.Module:
         """The module whose input are the layer's MLP neurons.
@@ -124,12 +154,23 @@ def find_layout(hf: Any) -> Layout:
         raise InputError(
             f"{_family(hf)} has no stack of {n_layers} decoder layers: only decoder-only models work"
         )
+    without = [
+        number
+        for number, layer in enumerate(layers)
+        if not any(isinstance(getattr(layer, name, None), nn.Module) for name in _ATTENTION)
+    ]
+    if 0 < len(without) < n_layers:
+        raise InputError(
+            f"{_family(hf)} mixes attention with layers of another kind (layer {without[0]} has no attention, and "
+            "keeps a state that is not keys and values): only models with attention in every layer work"
+        )
     attention = tuple(_child(hf, layer, _ATTENTION, "attention") for layer in layers)
     mlp = tuple(_child(hf, layer, _MLP, "MLP") for layer in layers)
     attention_out = tuple(
         _child(hf, module, _ATTENTION_OUT, "attention output projection") for module in attention
     )
     mlp_out = tuple(_down_projection(hf, module) for module in mlp)
+    after = [_norms_after(layer) for layer in layers]
     head = hf.get_output_embeddings()
     if head is None:
         raise InputError(f"{_family(hf)} has no language-model head: load a causal language model")
@@ -142,6 +183,9 @@ def find_layout(hf: Any) -> Layout:
         attention_out=attention_out,
         mlp=mlp,
         mlp_out=mlp_out,
+        attention_norm=tuple(norm for norm, _ in after),
+        mlp_norm=tuple(norm for _, norm in after),
+        residual_multiplier=getattr(config, "residual_multiplier", None) or 1.0,
         final_norm=_child(hf, body, _FINAL_NORM, "final norm"),
         lm_head=head,
         body=hf.base_model,
@@ -192,6 +236,18 @@ def _child(hf: nn.Module, parent: Any, names: Sequence[str], what: str) -> nn.Mo
 
 def _down_projection(hf: nn.Module, mlp: nn.Module) -> nn.Module | None:
     return None if hasattr(mlp, "experts") else _child(hf, mlp, _MLP_OUT, "MLP down projection")
+
+
+def _norms_after(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms that a layer puts on what attention and MLP have written.
+
+    In most families `post_attention_layernorm` comes before the MLP, on the stream. In those that also have a norm
+    after the MLP it is attention's (Gemma, OLMo-2), unless that has one of its own (GLM-4).
+    """
+    mlp = next((getattr(layer, name) for name in _MLP_NORM if hasattr(layer, name)), None)
+    if mlp is None or hasattr(layer, _ATTENTION_NORM):
+        return getattr(layer, _ATTENTION_NORM, None), mlp
+    return getattr(layer, "post_attention_layernorm", None), mlp
 
 
 def tensor_of(value: Any) -> Tensor:
@@ -252,7 +308,9 @@ def reading(
 
 
 def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
-    """What each head writes into the residual stream, `[..., head, d_model]`, from `z` `[..., head, head_dim]`.
+    """Each head's part of `attn_out`, `[..., head, d_model]`, from `z` `[..., head, head_dim]`.
+
+    Families that normalise `attn_out` do so before it reaches the stream: see `writes.head_writes`.
 
     The projection is run once a head on an input that is zero elsewhere, so it works on packed 4-bit weights
     and on LoRA-wrapped modules; a bias is not part of any head's share.

@@ -60,6 +60,100 @@ def test_patterns_of_a_quantised_model(family):
         assert torch.allclose(found[row, ..., -pattern.shape[-1] :], pattern, atol=1e-5)
 
 
+SINK = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+def test_a_learned_sink_s_share_is_shown(tmp_path):
+    """gpt-oss: one learned score a head joins the softmax and is dropped; written out here for the first layer."""
+    model = rim.load(str(write_family(tmp_path, "gpt_oss", **SINK)), quantization=None, device="cpu")
+    every = attention.attention_patterns(model, TEXTS, queries="all")
+    last = attention.attention_patterns(model, TEXTS)
+    spans = {"all": [list(range(-n, 0)) for n in every.mask.sum(1).tolist()], "end": [[-1]] * 3}
+    found = attention.attention_to_spans(model, TEXTS, spans)
+    layer = model.hf.model.layers[0]
+    for row, text in enumerate(TEXTS):
+        ids = model.tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            h = layer.input_layernorm(model.hf.get_input_embeddings()(ids))
+            q, k = (
+                project(h)[0].unflatten(-1, (-1, model.head_dim)).transpose(0, 1)
+                for project in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+            )
+            cos, sin = model.hf.model.rotary_emb(h, torch.arange(ids.shape[1])[None])
+            half = model.head_dim // 2
+
+            def turned(x, cos=cos, sin=sin, half=half):
+                a, b = x[..., :half], x[..., half:]
+                return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+            scores = turned(q) @ turned(k).repeat_interleave(2, 0).mT / model.head_dim**0.5
+            place = torch.arange(ids.shape[1])
+            far = place[:, None] - place
+            scores = scores.masked_fill((far < 0) | (far >= 6), -torch.inf)
+            joined = torch.cat([scores, layer.self_attn.sinks[:, None, None].expand(-1, len(place), 1)], -1)
+            wanted = joined.softmax(-1)
+        n = len(place)
+        assert torch.allclose(
+            every.probabilities[row, -n:, 0, :, -n:], wanted[..., :-1].transpose(0, 1), atol=1e-5
+        )
+        assert torch.allclose(every.sink[row, -n:, 0], wanted[..., -1].T, atol=1e-5)
+        assert not every.sink[row, :-n].any()
+    assert (every.sink[:, -1] > 1e-4).all()
+    assert every.sink[:, -1].max() > 0.1
+    assert torch.equal(last.sink, every.sink[:, -1])
+    assert torch.allclose(last.entropy, every.entropy[:, -1])
+    whole = torch.cat([last.probabilities, last.sink[..., None]], -1)
+    assert torch.allclose(whole.sum(-1), torch.ones(3, 3, 4), atol=1e-5)
+    assert torch.allclose(last.entropy, torch.special.entr(whole).sum(-1))
+    assert torch.equal(found.sink, last.sink)
+    assert torch.allclose(found.mass[..., 0] + found.sink, torch.ones(3, 3, 4), atol=1e-5)
+    assert torch.equal(found.difference("sink", minus="end"), found.sink - found.mass[..., 1])
+    row = found.to_frame().set_index(["layer", "head", "span"]).loc[(1, 2, "end")]
+    assert row["sink"] == pytest.approx(float(found.sink[:, 1, 2].mean()))
+    row = last.to_frame().set_index(["query", "layer", "head"]).loc[(-1, 1, 2)]
+    assert row["sink"] == pytest.approx(float(last.sink[:, 1, 2].mean()))
+    spec = last.plot().to_dict()
+    assert "the sink takes" in spec["description"]
+    assert "highest: layer" in found.plot("sink").to_dict()["description"]
+
+
+def test_a_softmax_with_one_in_its_denominator_leaves_a_sink(monkeypatch):
+    model = load_tiny("llama")
+    plain_pattern = attention.attention_patterns(model, TEXTS)
+    assert not plain_pattern.sink.any()  # a model without one
+    softmax = torch.nn.functional.softmax
+
+    def off_by_one(scores, dim=-1, **settings):
+        padded = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
+        return softmax(padded, dim=dim, **settings)[..., :-1]
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", off_by_one)
+    found = attention.attention_patterns(model, TEXTS, layers=[0])
+    assert (found.sink > 0).all()
+    before, after = plain_pattern.probabilities[:, 0], found.probabilities[:, 0]
+    assert torch.allclose(after, before * (1 - found.sink[:, 0, :, None]), atol=1e-5)
+
+
+def test_a_state_in_the_pattern_s_place_is_refused(tmp_path):
+    """MiniMax's linear attention returns its state where others return probabilities."""
+    changes = {
+        **SINK,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "block_size": 4,
+    }
+    model = rim.load(str(write_family(tmp_path, "minimax", **changes)), quantization=None, device="cpu")
+    with pytest.raises(InputError, match="does not give its attention probabilities"):
+        attention.attention_patterns(model, TEXTS)
+
+
 def test_the_model_is_left_as_it_was():
     model = load_tiny("mistral")
     ids = model.tokenizer(TEXTS[1], return_tensors="pt").input_ids

@@ -17,7 +17,9 @@ import rim_core as rim
 from rim_core import measuring
 from rim_core.editing import Edit, editing
 from rim_core.errors import IdentityError, InputError
+from rim_core.sites import find_layout
 
+SANDWICH = ("gemma2", "gemma3_text", "olmo2")
 TOWARD, AGAINST = ["How", 9], "Why"
 
 
@@ -168,15 +170,136 @@ def test_an_edited_head_is_attributed_as_edited():
     assert (found.residual.abs() <= 1e-4 * found.logit_difference.abs()).all()
 
 
-@pytest.mark.parametrize(("family", "says"), [("gemma2", "soft-capped at 8"), ("olmo2", "residual_sum")])
-def test_attribution_refuses_where_terms_do_not_add_up(family, says):
-    with pytest.raises(IdentityError, match=says):
-        rim.direct_logit_attribution(load_tiny(family), TEXTS, "How", "Why")
+def after_the_module(family, block, name, x):
+    """What the norm after a module makes of parts `x` `[..., d_model]` at the scale of their whole `x.sum(-2)`."""
+    norm = getattr(block, name)
+    whole = x.sum(-2, keepdim=True)
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    gain = norm.weight + 1 if family.startswith("gemma") else norm.weight
+    return x * gain / (whole.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
-def test_projections_refuse_where_a_norm_comes_between_heads_and_stream():
+@pytest.mark.parametrize("family", SANDWICH)
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_norms_after_attention_and_mlp_are_carried_through(family, quantization):
+    """Each term written out in plain torch; Gemma-2's cap is undone, the sum is of the logits below it."""
+    model = load_tiny(family, quantization)
+    found = rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST)
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(model.n_layers, model.d_model, generator=generator)
+    unit = directions / directions.norm(dim=1, keepdim=True)
+    every = rim.head_contributions(model, TEXTS, directions, positions="all")
+    last = rim.capture(model, TEXTS, ("head_z", "attn_out"))
+    head = model.hf.get_submodule(MODULES[family].lm_head)
+    how, why = token_id(model, "How"), token_id(model, "Why")
+    row_difference = (head.weight[how] + head.weight[9]) / 2 - head.weight[why]
+    cap = getattr(model.hf.config, "final_logit_softcapping", None)
+    for row, text in enumerate(TEXTS):
+        sites, logits = reference(model, family, text)
+        length = sites["resid_pre"].shape[1]
+        logits = logits[-1].double()
+        logits = logits if cap is None else cap * torch.atanh(logits / cap)
+        difference = ((logits[how] + logits[9]) / 2 - logits[why]).float()
+        assert_close(found.logit_difference[row], difference, 1e-3 if cap else 1e-4)
+        scale, gain, _, _ = frozen_norm(model, family, sites["resid_post"][-1, -1])
+        for layer, block in enumerate(model.hf.get_submodule(MODULES[family].layers)):
+            heads = [written_by_heads(model, layer, z) for z in sites["head_z"][layer]]
+            parts = after_the_module(family, block, "post_attention_layernorm", torch.stack(heads))
+            mlp = after_the_module(
+                family, block, "post_feedforward_layernorm", sites["mlp_out"][layer][:, None]
+            )[:, 0]
+            stream = sites["resid_pre"][layer] + parts.sum(1) + mlp
+            assert_close(stream, sites["resid_post"][layer])
+            assert_close(found.heads[row, layer], (parts[-1] * scale * gain) @ row_difference)
+            assert_close(found.mlp[row, layer], (mlp[-1] * scale * gain) @ row_difference)
+            assert_close(every.heads[row, -length:, layer], parts @ unit[layer])
+            assert_close(every.attention[row, -length:, layer], parts.sum(1) @ unit[layer])
+            assert_close(every.mlp[row, -length:, layer], mlp @ unit[layer])
+            z, out = last["head_z"][row, layer], last["attn_out"][row, layer]
+            assert_close(rim.writes.head_writes(model, layer, z, out), parts[-1])
+        terms = (found.heads[row], found.mlp[row], found.embedding[row], found.attention_bias[row])
+        assert_close(sum(term.sum() for term in terms) + found.constant, difference, 1e-3 if cap else 1e-4)
+    assert (found.residual.abs() <= 1e-4 * found.logit_difference.abs()).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("glm4", {"num_key_value_heads": 2, "head_dim": 8}), ("granite", {"residual_multiplier": 0.3})],
+)
+def test_other_ways_into_the_stream_add_up_too(tmp_path, family, changes):
+    folder = write_family(tmp_path, family, intermediate_size=64, **changes)
+    model = rim.load(str(folder), quantization=None, device="cpu")
+    found = rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST)
+    for row, text in enumerate(TEXTS):
+        logits = model.hf(model.tokenizer(text, return_tensors="pt").input_ids).logits[0, -1]
+        wanted = (logits[token_id(model, "How")] + logits[9]) / 2 - logits[token_id(model, "Why")]
+        assert_close(found.logit_difference[row], wanted)
+    assert (found.residual.abs() <= 1e-4 * found.logit_difference.abs()).all()
+    acts = rim.capture(model, TEXTS, ("resid_pre", "resid_post"))
+    w = torch.arange(1.0, 33.0)
+    along = rim.head_contributions(model, TEXTS, w)
+    moved = (acts["resid_post"] - acts["resid_pre"]) @ w / w.norm()
+    assert_close(along.attention + along.mlp, moved)
+    assert_close(along.heads.sum(-1), along.attention)  # no bias here
+
+
+class Lopsided(nn.Module):
+    """A LayerNorm with a bias, as no family of ours has after its attention."""
+
+    def __init__(self, width):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.inner = nn.LayerNorm(width)
+        self.inner.weight.data = torch.randn(width, generator=generator)
+        self.inner.bias.data = torch.randn(width, generator=generator)
+
+    def forward(self, h):
+        return self.inner(h)
+
+
+def test_a_layer_norm_after_attention_takes_its_mean_and_adds_its_bias(tmp_path):
+    folder = write_family(tmp_path, "gemma3_text")
+    model = rim.load(str(folder), quantization=None, device="cpu")
+    norm = Lopsided(model.d_model).requires_grad_(False)
+    model.hf.model.layers[1].post_attention_layernorm = norm
+    model.layout = find_layout(model.hf)
+    found = rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST)
+    assert (found.residual.abs() <= 1e-4 * found.logit_difference.abs()).all()
+    assert found.attention_bias[:, 1].abs().min() > 1e-3
+    assert not found.attention_bias[:, 0].any()
+
+
+def test_a_squashing_norm_after_attention_is_refused(monkeypatch):
+    class Squashed(nn.Module):
+        def forward(self, h):
+            return torch.tanh(h)
+
+    model = load_tiny("olmo2")
+    norms = (Squashed(), *model.layout.attention_norm[1:])
+    monkeypatch.setattr(model, "layout", dataclasses.replace(model.layout, attention_norm=norms))
+    for call in (
+        lambda: rim.direct_logit_attribution(model, TEXTS, "How", "Why"),
+        lambda: rim.head_contributions(model, TEXTS, torch.ones(32)),
+    ):
+        with pytest.raises(IdentityError, match=r"norm after the attention's output in layer 0 \(Squashed\)"):
+            call()
+
+
+def test_heads_that_write_nothing_have_no_share():
+    """All heads of a layer silenced: the norm after them has no scale, and nothing to scale."""
+    model = load_tiny("gemma3_text")
+    with rim.ablate(model, heads=[(1, head) for head in range(4)], mode="zero"):
+        found = rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST)
+    assert not found.heads[:, 1].any()
+    assert (found.residual.abs() <= 1e-4 * found.logit_difference.abs()).all()
+
+
+def test_attribution_refuses_where_terms_do_not_add_up(tmp_path):
+    model = rim.load(str(write_family(tmp_path, "bloom")), quantization=None, device="cpu")
     with pytest.raises(IdentityError, match="residual_sum"):
-        rim.head_contributions(load_tiny("gemma3_text"), TEXTS, torch.ones(32))
+        rim.direct_logit_attribution(model, TEXTS, "How", "Why")
+    with pytest.raises(IdentityError, match="residual_sum"):
+        rim.head_contributions(model, TEXTS, torch.ones(32))
 
 
 def test_attribution_refuses_an_edited_stream():
