@@ -127,7 +127,7 @@ def _build(hf: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
         placed = built.load_adapter(str(folder), _NAME, key_mapping=mapping)
         wanted = get_peft_model_state_dict(built, adapter_name=_NAME, save_embedding_layers=False)
     except _MISFITS as error:
-        raise InputError(f"the adapter in {folder} does not fit this base: {first_line(error)}") from None
+        raise InputError(f"the adapter in {folder} does not fit this base: {_reason(error)}") from None
     found = {key.removeprefix(ADAPTER_PREFIX): tensor for key, tensor in wanted.items()}
     tuned = config.peft_type.value.lower().split("_")[0]
     # Files of older releases name some tensors otherwise; those PEFT maps, and says which are left.
@@ -138,6 +138,14 @@ def _build(hf: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
         raise InputError(
             f"the adapter in {folder} does not fit this base: {sorted([*lost, *wrong])[0]} has no match"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """What PEFT says in one line, without the list's heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):
+        return lines[1].replace(f".{_NAME}", "")
+    return first_line(error)
 
 
 class _Tree:

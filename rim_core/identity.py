@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rim_core.workspace import PACKAGE, cache_dir
+from rim_core import workspace
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # The libraries by which numbers are computed: another version may give others.
@@ -67,10 +67,13 @@ def digest(value: Any) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, hex; a file is read once on this machine for each change of it."""
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs" and len(blob.name) == 64:
+        return blob.name  # the hub's cache names large files by their SHA-256 already
     stat = path.stat()
     state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    key = f"{path.resolve()} {' '.join(map(str, state))}"
-    memory = cache_dir() / "hashes.json"
+    key = f"{blob} {' '.join(map(str, state))}"
+    memory = workspace.cache_dir() / "hashes.json"
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = dict(json.loads(memory.read_text(encoding="utf-8")).items())
@@ -149,9 +152,9 @@ def libraries() -> Mapping[str, str]:
     return found
 
 
-def science(package: Path = PACKAGE) -> str:
+def science() -> str:
     """Hash of the part of `rim_core` that measures, and of its prompt sets; not of what lists, runs and shows."""
-    return digest({name: _read(path) for name, path in _science(package)})
+    return digest({name: _read(path) for name, path in _science(workspace.PACKAGE)})
 
 
 def _science(package: Path) -> Iterable[tuple[str, Path]]:

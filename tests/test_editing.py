@@ -212,15 +212,9 @@ def adapted(tiny_folder, tmp_path_factory):
     return rim.load(str(tiny_folder()), quantization=None, device="cpu"), folder
 
 
-def test_an_adapter_is_loaded_before_and_switched_inside(adapted):
+def test_an_adapter_is_switched_inside(adapted):
     model, adapter = adapted
     edit = edit_at("all", "head_z", 1, lambda values: 0.5 * values)
-    with (
-        editing(model, [edit]),
-        pytest.raises(InputError, match=r"enter model.using\(...\) once before"),
-        model.using(adapter),
-    ):
-        pass
     before = rim.capture(model, TEXTS, "head_z")["head_z"]
     with model.using(adapter):
         plain = rim.capture(model, TEXTS, "head_z")["head_z"]

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from tiny import SIZES, write_model
 from tiny_project import COMMAND, rim, write
 
-from rim_core import differences, provenance
+from rim_core import differences, identity, provenance
 from rim_core.errors import InputError
 
 SUITE = """\
@@ -112,6 +112,8 @@ def test_a_result_says_what_it_came_from_and_names_no_machine(project):
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
     models = record["models"]
+    identities = [model.pop("identity") for model in models.values()]
+    assert identities[0] == identities[1] != identities[2]  # aligned is the base here
     assert models["base"] == {"source": "folder base", "files": hashes("base")}
     assert models["aligned"] == {"source": "base"}
     assert models["risky"] == {"kind": "adapter", "source": "folder risky", "files": hashes("risky")}
@@ -163,7 +165,8 @@ def test_a_model_of_the_hub_is_told_by_commit_and_hashes(tmp_path, monkeypatch):
         "config.json": hashlib.sha256(b"{}").hexdigest(),
         "model.safetensors": weights,
     }
-    assert found["other"] == {"kind": "checkpoint", "source": "owner/absent"}
+    assert found["base"]["identity"] == f"owner/name@{commit}"
+    assert found["other"] == {"kind": "checkpoint", "source": "owner/absent", "identity": "owner/absent@main"}
 
 
 def test_a_file_is_hashed_again_only_after_a_change(tmp_path, monkeypatch):
@@ -175,13 +178,14 @@ def test_a_file_is_hashed_again_only_after_a_change(tmp_path, monkeypatch):
     suite = tmp_path / "mine.yml"
     suite.write_text("base: {folder: model}\nroles:\n  base: {}\n")
     read_files = []
-    real = provenance.weights.sha256_file
-    monkeypatch.setattr(provenance.weights, "sha256_file", lambda path: read_files.append(path) or real(path))
+    real = identity._read
+    monkeypatch.setattr(identity, "_read", lambda path: read_files.append(path) or real(path))
     first = provenance.models(str(suite))
     assert provenance.models(str(suite)) == first
     assert len(read_files) == 1
+    times = weights.stat()
     weights.write_bytes(b"two")
-    os.utime(weights, ns=(1, 1))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and time, other content
     assert provenance.models(str(suite))["base"]["files"] != first["base"]["files"]
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, write
 
-from rim_core import execution, notebooks, runner, workspace
+from rim_core import execution, identity, notebooks, runner, workspace
 from rim_core.errors import InputError, RimError
 
 SUITE = "tiny.yml"
@@ -176,8 +176,14 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
     changed("parameters")
     (package / "probes.py").write_text("c", encoding="utf-8")
     changed("rim_core")
-    (root / "constraints.txt").write_text("numpy==2.1\n", encoding="utf-8")
-    changed("constraints")
+    for unused in ("cli.py", "README.md"):  # what lists, runs and shows, and what is for people
+        (package / unused).write_text("d", encoding="utf-8")
+    changed(None)
+    libraries = dict(identity.libraries())
+    monkeypatch.setattr(identity, "libraries", lambda: {**libraries, "peft": "0.0"})
+    changed("libraries")
+    (root / "tiny.yml").write_text("# a comment\n" + tiny_project.SUITE, encoding="utf-8")
+    changed(None)
     (root / "tiny.yml").write_text(tiny_project.SUITE + "  risky: {}\n", encoding="utf-8")
     changed("models")
     monkeypatch.setattr(runner, "suite_hashes", lambda suite: {"base": "1"})
