@@ -491,7 +491,7 @@ def test_weights_knocked_out_are_zero_and_the_others_sum_to_one():
         ({"queries": "last", "keys": -2, "heads": []}, "nothing to knock out"),
         ({"queries": "last", "keys": -2, "heads": [(0, 9)]}, "out of range"),
         ({"queries": "last", "keys": -2, "layers": [3]}, "0 to 2"),
-        ({"queries": "last", "keys": -2, "layers": []}, "out of range"),
+        ({"queries": "last", "keys": -2, "layers": []}, "layers: none given"),
         ({"queries": "last", "keys": -2, "heads": [(0, 1)], "layers": [0]}, "not both"),
     ],
 )

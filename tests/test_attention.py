@@ -266,11 +266,11 @@ def test_frames_and_pictures():
     ("arguments", "says"),
     [
         ({"layers": [3]}, "layer 3 is out of range"),
-        ({"layers": []}, "no layers were named"),
+        ({"layers": []}, "layers: none given"),
         ({"queries": "first"}, "unknown queries 'first'"),
         ({"queries": 0}, "query 0 is out of range"),
         ({"queries": [-1, -400]}, "query -400 is out of range"),
-        ({"queries": []}, "out of range"),
+        ({"queries": []}, "queries: none given"),
         ({"texts": []}, "no texts"),
     ],
 )

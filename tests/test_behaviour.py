@@ -376,7 +376,7 @@ def test_bad_arguments_get_one_line():
         (lambda: rim.attack_success_rate(["x"], coherent=[True, False]), "coherent has 2 values for 1"),
         (lambda: behaviour.compare_rates([True], [True, False]), "cannot be paired"),
         (lambda: rim.generate(model, texts, max_new_tokens=0), "at least 1"),
-        (lambda: rim.generate(model, texts, max_batch=0), "max_batch must be at least 1"),
+        (lambda: rim.generate(model, texts, max_batch=0), "max_batch must be a whole number of at least 1"),
         (lambda: rim.generate(model, texts, max_new_tokens=5000), "passes the 2048"),
         (lambda: fluency.perplexity(model, texts, ["x"]), "one for each prompt"),
         (edited, "inside an intervention"),

@@ -149,7 +149,7 @@ def test_pictures_say_what_they_show():
         ({"tokens": [400]}, "no token 400: ids go from 0 to 399"),
         ({"layers": [3]}, "layer 3 is out of range"),
         ({"layers": [-2]}, "layer -2 is out of range: .* has layers -1 to 2"),
-        ({"layers": []}, "no layers were named"),
+        ({"layers": []}, "layers: none given"),
         ({"positions": "first"}, "unknown positions"),
         ({"positions": -400}, "out of range"),
         ({"texts": []}, "no texts"),

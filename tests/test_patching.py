@@ -383,7 +383,7 @@ def test_neurons_above_the_mean():
         ({"positions": -1, "source_positions": [-1, -2]}, "2 source positions for 1"),
         ({"layers": [3]}, "layer 3 is out of range"),
         ({"layers": [1, 1]}, "each once"),
-        ({"layers": []}, "at least one layer"),
+        ({"layers": []}, "layers: none given"),
         ({"components": "neurons"}, "neurons_above"),
         ({"units": [(0, 4)]}, r"unit \(0, 4\)"),
         ({"units": [(0, 1)], "layers": [0]}, "without layers"),

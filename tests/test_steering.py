@@ -96,7 +96,7 @@ def test_contexts_nest_and_leave_nothing():
     [
         ({"site": "head_z"}, "resid_post or resid_pre, not 'head_z'"),
         ({"coefficient": float("nan")}, "finite"),
-        ({"layers": []}, "at least one layer"),
+        ({"layers": []}, "layers: none given"),
         ({"layers": [1, 1]}, "each once"),
         ({"layers": 3}, "layers 0 to 2"),
         ({"layers": -1}, "layers 0 to 2"),
