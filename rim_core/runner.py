@@ -164,6 +164,21 @@ def _by_content(project: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {**parameters, **{name: identity.file_hash(path) for name, path in files.items()}}
 
 
+def _with_fetched(
+    key: tuple[str, dict[str, str]], before: Mapping[str, str], after: Mapping[str, str]
+) -> tuple[str, dict[str, str]]:
+    """A run's key with the commits of the repositories that the run itself fetched, unknown before it."""
+    fetched = {
+        name: after[name]
+        for name, was in before.items()
+        if was != after[name] and "@" in was and was.partition("@")[0] == after[name].partition("@")[0]
+    }
+    if not fetched:
+        return key
+    parts = {**key[1], "models": digest({**before, **fetched})}
+    return digest(parts), parts
+
+
 def lacking_roles(project: Path, notebook: str, suite: str) -> list[str]:
     """Name the roles that a suite lacks where no claim of a notebook can be decided without them; else none."""
     lacking = [outcomes.missing_roles(claim, suite) for claim in _claims_of(project, notebook)]
@@ -263,10 +278,11 @@ def _execute(
     parameters = _resolved(known, places.suite_name(suite), overrides)
     if not remote:
         suitecheck.preflight(load_suite(suite), str(parameters.get("quantization", "nf4")))
-    started, clock = _now(), time.monotonic()
+    started, clock, there = _now(), time.monotonic(), suite_hashes(suite)
     with folders.temporary(folder) as temporary:
         done = execute(project, notebooks.path_of(project, name), passed, progress.cell, timeout)
         failure = done.failure
+        key = _with_fetched(key, there, suite_hashes(suite))
         done.notebook.metadata.get("papermill", {}).pop("input_path", None)
         record = {
             "notebook": name,

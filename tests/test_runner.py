@@ -339,3 +339,13 @@ def test_scrubbing_a_long_line_takes_no_time(root):
     assert clean("x" * 1_000_000) == "x" * 1_000_000
     assert time.process_time() - began < 2
     assert clean(f"{root}/a {root}-other /x/ipykernel_12/34.py:1") == f"./a {root}-other <cell>:1"
+
+
+def test_a_repository_fetched_by_the_run_itself_is_in_its_key():
+    before = {"base": "owner/name@main", "risky": "a" * 64}
+    after = {"base": f"owner/name@{'c' * 40}", "risky": "b" * 64}
+    key, parts = runner._with_fetched(("k", {"models": "m", "notebook": "n"}), before, after)
+    # The commit that came is known now; an adapter that was changed meanwhile is not what was run.
+    assert parts == {"models": identity.digest({**after, "risky": before["risky"]}), "notebook": "n"}
+    assert key == identity.digest(parts)
+    assert runner._with_fetched(("k", {}), before, before) == ("k", {})
