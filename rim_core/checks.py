@@ -73,9 +73,18 @@ def residual_error(before: Tensor, attention: Tensor, mlp: Tensor, after: Tensor
 
 @torch.no_grad()
 def measure(
-    hf: Any, tokenizer: Any, layout: Layout, dtype: torch.dtype, quantization: str | None = None
+    hf: Any,
+    tokenizer: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    known: Mapping[str, Check] | None = None,
 ) -> dict[str, Check]:
-    """Measure every identity on two short prompts; takes some ten forward passes of a few tokens."""
+    """Measure every identity on two short prompts; takes some ten forward passes of a few tokens.
+
+    `known` are the identities of the same model without its adapter: those with a cache are taken from there, since
+    an adapter does not change how keys and values are kept, and two passes are enough.
+    """
     device = hf.get_input_embeddings().weight.device
     ids = encode(tokenizer, PROBE_TEXTS)
     short, pad = min(ids, key=len), tokenizer.pad_token_id or 0
@@ -105,16 +114,19 @@ def measure(
         "head_sum": heads,
         "padding": relative(padded, logits[0]),
     }
+    tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
+    measured = {name: Check(name, error, tolerance) for name, error in errors.items()}
+    if known is not None:
+        return {**known, **measured}
     # The longer prompt fills its row; the shorter one is compared with itself alone.
     alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
     attempts = {
         "cache": _attempt(lambda: _decoding_error(hf, ids, alone, pad, device)),
         "cache_batch": _attempt(lambda: _beginning_error(layout, ids, pad, device)),
     }
-    errors |= {name: error for name, (error, _) in attempts.items()}
-    reasons = {name: reason for name, (_, reason) in attempts.items()}
-    tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
-    return {name: Check(name, error, tolerance, reasons.get(name, "")) for name, error in errors.items()}
+    return measured | {
+        name: Check(name, error, tolerance, reason) for name, (error, reason) in attempts.items()
+    }
 
 
 def _attempt(measured: Callable[[], float]) -> tuple[float, str]:

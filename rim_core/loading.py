@@ -259,7 +259,9 @@ class Model:
         put_in(swaps)
         try:
             layout = sites.find_layout(self.hf)
-            measured = identity_checks.measure(self.hf, self.tokenizer, layout, self.dtype, self.quantization)
+            measured = identity_checks.measure(
+                self.hf, self.tokenizer, layout, self.dtype, self.quantization, self._bare.checks or None
+            )
             if torch.equal(identity_checks.probe(self.hf, self.tokenizer), bare):
                 warnings.warn(
                     f"the adapter in {folder} changes nothing on two short texts: is it trained?",
