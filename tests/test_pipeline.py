@@ -83,10 +83,6 @@ def test_roles_that_are_checkpoints_run_every_notebook(project_copy, tmp_path):
     # C13 asks for heads that suppress more than before, C14 for refusals that come back.
     assert claims["C13"]["outcome"] == "validated", claims["C13"]
     assert claims["C14"]["outcome"] == "validated", claims["C14"]
-    gap = claims["C3"]["values"]["sound"]
-    assert min(gap) > 0, (
-        "the same accuracy to the last digit before and after: the same weights were measured"
-    )
 
 
 @pytest.fixture(scope="module")
