@@ -278,7 +278,7 @@ def test_masks_need_an_attention_that_takes_them(monkeypatch):
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda model: rim.steer(model, torch.ones(model.d_model), coefficient=1.0, positions=-99),
+        lambda model: rim.steer(model, torch.ones(model.d_model), [0], positions=-99),
         lambda model: rim.ablate(model, [(0, 0)], mode="zero", positions=[-1, -99]),
         lambda model: rim.knock_out(model, -1, -99),
     ],
