@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rim_core.activations import Activations, capture
 from rim_core.checking import listed, number, shown, whole, whole_numbers
-from rim_core.editing import Frame, MaskEdit, at, by_layer, edit_at, editing
+from rim_core.editing import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest
 from rim_core.errors import InputError
 from rim_core.loading import Model
 from rim_core.sites import pick, reading
@@ -368,7 +368,8 @@ def knock_out(
     for wanted in (queries, keys):
         at(torch.tensor([[-1]]), wanted)  # what it cannot mean is refused here, not in the first pass
     edits = [
-        MaskEdit(layer, _blind(queries, keys, chosen.to(model.device))) for layer, chosen in blind.items()
+        MaskEdit(layer, _blind(queries, keys, chosen.to(model.device)), lowest(queries, keys))
+        for layer, chosen in blind.items()
     ]
     with editing(model, edits):
         yield model

@@ -126,6 +126,13 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
         InputError: not readable, or a setting under which the adapter changes the base or acts outside its modules.
     """
     settings = read_json(folder / SETTINGS_FILE)
+    for name in ("peft_type", "modules_to_save", "target_modules"):
+        given = settings.get(name)
+        listed = (
+            isinstance(given, list) and name != "peft_type" and all(isinstance(one, str) for one in given)
+        )
+        if not (given is None or listed or (isinstance(given, str) and name != "modules_to_save")):
+            raise InputError(f"{folder / SETTINGS_FILE}: {name} cannot be {_short(given)}: write it again")
     kind = settings.get("peft_type", "LORA")
     if kind not in _KNOWN:
         raise InputError(

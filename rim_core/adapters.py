@@ -7,6 +7,7 @@ be had so (settings that change the base itself, or that act outside the modules
 touched; what turns out not to fit is taken out again.
 """
 
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -61,9 +62,8 @@ def attach(hf: Any, folder: Path) -> tuple[Swap, ...]:
     """
     settings = read_adapter_settings(folder)
     state = read_adapter(folder)
-    _refuse_changes(hf, folder, settings, state)
     with _restored(hf) as tree:
-        _build(hf, folder, state)
+        _build(hf, folder, state, tree.places)
         hf.eval()  # an adapter comes with dropout switched on
         hf.requires_grad_(False)
         swaps = tree.swaps()
@@ -97,25 +97,39 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return {key.removeprefix(ADAPTER_PREFIX): tensor for key, tensor in state.items()}
 
 
-def _refuse_changes(hf: Any, folder: Path, settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that PEFT would write over the base's own; equal ones, which it saves beside them, may pass."""
-    own = dict(hf.named_parameters())
-    whole = tuple(settings.get("modules_to_save") or ())  # matched as PEFT does, by the end of the path
-    for key, tensor in state.items():
-        name = key.replace(".base_layer.", ".")
-        module = name.rpartition(".")[0]
-        if name not in own or module.endswith(whole):
-            continue
-        base = own[name]
-        if tensor.shape != base.shape or not torch.equal(tensor.to(base.dtype), base.detach().cpu()):
-            raise InputError(
-                f"the adapter in {folder} changes the base itself (it holds a {name} of its own): merge it into a copy "
-                "of the base, and load that"
-            )
+@contextmanager
+def _base_guarded(built: Any, base: Mapping[int, str], folder: Path) -> Iterator[None]:
+    """Within the context nothing that is loaded into the model may reach a tensor of the base.
+
+    PEFT saves some of the base's own tensors beside an adapter, under several names; equal ones are left out.
+
+    Args:
+        base: the names of the base's tensors by where their values lie.
+    """
+    load = built.load_state_dict
+
+    def guarded(state: Mapping[str, Tensor], **options: Any) -> Any:
+        there, kept = built.state_dict(keep_vars=True), {}
+        for key, tensor in state.items():
+            own = there.get(key)
+            if not isinstance(own, Tensor) or own.data_ptr() not in base:
+                kept[key] = tensor
+            elif tensor.shape != own.shape or not torch.equal(tensor.to(own.dtype).cpu(), own.detach().cpu()):
+                raise InputError(
+                    f"the adapter in {folder} changes the base itself (it holds a {base[own.data_ptr()]} of its own): "
+                    "merge it into a copy of the base, and load that"
+                )
+        return load(kept, **options)
+
+    built.load_state_dict = guarded
+    try:
+        yield
+    finally:
+        del built.load_state_dict
 
 
-def _build(hf: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """As `PeftModel.from_pretrained`, but every tensor is accounted for."""
+def _build(hf: Any, folder: Path, state: Mapping[str, Tensor], base: Mapping[int, str]) -> None:
+    """As `PeftModel.from_pretrained`, but every tensor is accounted for, and none goes over one of the base's."""
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 
     try:
@@ -124,7 +138,8 @@ def _build(hf: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         built = kind(hf, config, _NAME)
         mapping = getattr(hf, "_checkpoint_conversion_mapping", {})
-        placed = built.load_adapter(str(folder), _NAME, key_mapping=mapping)
+        with _base_guarded(built, base, folder):
+            placed = built.load_adapter(str(folder), _NAME, key_mapping=mapping)
         wanted = get_peft_model_state_dict(built, adapter_name=_NAME, save_embedding_layers=False)
     except _MISFITS as error:
         raise InputError(f"the adapter in {folder} does not fit this base: {_reason(error)}") from None
@@ -159,6 +174,8 @@ class _Tree:
             for module in hf.modules()
         ]
         self.data = [(p, p.data, p.requires_grad) for p in hf.parameters()]
+        held = itertools.chain(hf.named_parameters(), hf.named_buffers())
+        self.places = {tensor.data_ptr(): name for name, tensor in held if tensor.numel()}
 
     def swaps(self) -> tuple[Swap, ...] | None:
         """What was put in which place; None where something else of the base was changed."""

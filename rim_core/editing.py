@@ -40,24 +40,28 @@ class Edit:
     """One site of one layer: `apply(values, positions)` gives the new values `[batch, slot, width]`.
 
     `positions` is `Frame.queries`. Heads come flat, `[..., n_heads * head_dim]`. `apply` must not change its
-    input in place. `positional`: whether `apply` looks at the positions.
+    input in place. `positional`: whether `apply` looks at the positions. `lowest`: the position that every text must be
+    long enough for, 0 for none.
     """
 
     site: str
     layer: int
     apply: Callable[[Tensor, Tensor], Tensor]
     positional: bool = False
+    lowest: int = 0
 
 
 @dataclass(frozen=True)
 class MaskEdit:
     """The attention mask of one layer: `apply(mask, frame)` gives the new additive mask.
 
-    The mask comes as `[batch, 1, slot, key]`, 0 where attention is allowed; the result may have a head axis.
+    The mask comes as `[batch, 1, slot, key]`, 0 where attention is allowed; the result may have a head axis. `lowest`
+    is as in `Edit`.
     """
 
     layer: int
     apply: Callable[[Tensor, Frame], Tensor]
+    lowest: int = 0
     positional: bool = field(default=True, init=False)
 
 
@@ -88,6 +92,12 @@ def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
     return torch.isin(positions, torch.tensor(chosen, device=positions.device))
 
 
+def lowest(*wanted: str | int | Sequence[int]) -> int:
+    """The lowest position that is named by its number, 0 where none is (see `at`)."""
+    numbers = [n for one in wanted if not isinstance(one, str) for n in whole_numbers(one, "positions")]
+    return min(numbers, default=0)
+
+
 def edit_at(
     positions: str | int | Sequence[int], site: str, layer: int, change: Callable[[Tensor], Tensor]
 ) -> Edit:
@@ -99,7 +109,7 @@ def edit_at(
     def apply(values: Tensor, slots: Tensor) -> Tensor:
         return torch.where(at(slots, positions)[..., None], change(values), values)
 
-    return Edit(site, layer, apply, positional=True)
+    return Edit(site, layer, apply, positional=True, lowest=lowest(positions))
 
 
 def by_layer(model: Model, direction: Any) -> Tensor:
@@ -121,11 +131,15 @@ def by_layer(model: Model, direction: Any) -> Tensor:
 
 
 class _Tracker:
-    """Works out the frame of each pass of the body from the cache's length: prompt first, then decoding steps."""
+    """Works out the frame of each pass of the body from the cache's length: prompt first, then decoding steps.
 
-    def __init__(self) -> None:
+    A prompt that is too short for a position in `lowest` is refused: an edit there would do nothing, unseen.
+    """
+
+    def __init__(self, lowest: int) -> None:
         self.frame: Frame | None = None
         self.width: int | None = None
+        self.lowest = lowest
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("input_ids", args[0] if args else None)
@@ -135,8 +149,20 @@ class _Tracker:
         cached = past.get_seq_length() if past is not None else 0
         if cached == 0 or self.width is None:
             self.width = cached + slots
+            self._refuse_short(slots if cached == 0 else None, kwargs.get("attention_mask"))
         keys = torch.arange(cached + slots, device=given.device) - self.width
         self.frame = Frame(keys[cached:].expand(batch, -1), keys.expand(batch, -1))
+
+    def _refuse_short(self, slots: int | None, mask: Any) -> None:
+        if slots is None or not self.lowest:
+            return
+        known = isinstance(mask, Tensor) and mask.dim() == 2
+        shortest = int(mask.sum(dim=1).min()) if known else slots
+        if self.lowest < -shortest:
+            raise InputError(
+                f"position {self.lowest} is out of range: the shortest text here has {shortest} tokens; count from its "
+                f"end, -1 to -{shortest}"
+            )
 
 
 class _Hooks:
@@ -144,7 +170,7 @@ class _Hooks:
 
     def __init__(self, model: Model, edits: Sequence[Edit | MaskEdit]) -> None:
         self.model, self.edits = model, edits
-        self._tracker = _Tracker()
+        self._tracker = _Tracker(min((edit.lowest for edit in edits), default=0))
         self._handles: list[Any] = []
 
     def _frame(self) -> Frame:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
@@ -26,15 +27,9 @@ LIBRARIES = (
     *("tokenizers", "torch", "transformers"),
 )
 # Files of a checkpoint that decide what it computes and what its tokenizer and template make of a text.
-_DECISIVE = (".safetensors", ".json", ".jinja", ".model", ".txt")
-_NOT_DECISIVE = (
-    "README",
-    "LICENSE",
-    "NOTICE",
-    "manifest.json",
-    "checked.json",
-    "recipe.json",
-    "trainer_state",
+_DECISIVE = re.compile(
+    r".*\.safetensors|.*\.jinja|.*\.model|.*\.safetensors\.index\.json|(adapter_|generation_|quantize_)?config\.json"
+    r"|.*token.*\.json|chat_template\.json|vocab\.(json|txt)|merges\.txt|.*\.tiktoken"
 )
 # Settings that say where a model came from, and change nothing.
 _ORIGIN = {
@@ -102,8 +97,8 @@ def decisive_files(folder: Path) -> list[Path]:
     """The files of a checkpoint or an adapter that decide what it computes."""
     return [
         path
-        for path in sorted(folder.iterdir())
-        if path.suffix in _DECISIVE and path.is_file() and not path.name.startswith(_NOT_DECISIVE)
+        for path in [*sorted(folder.iterdir()), *sorted(folder.glob("additional_chat_templates/*"))]
+        if _DECISIVE.fullmatch(path.name) and path.is_file()
     ]
 
 

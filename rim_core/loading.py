@@ -74,6 +74,8 @@ class Model:
         self._views: dict[str, Any] = {}
         self.edits: list[Any] = []
         self.hooks: list[Any] = []
+        # `using` and `bare` now entered: until they are left, these weights are not free for another role.
+        self.open = 0
         self.frame: Any = None
 
     n_layers = property(lambda self: len(self.layout.layers), doc="Decoder layers.")
@@ -176,23 +178,28 @@ class Model:
             InputError: unknown role, one whose weights are not these (a checkpoint of its own: see `roles`), or an
                 adapter that is none, does not fit, or cannot be had exactly.
         """
-        before = (self._active, self.role)
-        try:
+        with self._back_afterwards():
             self._switch(role_or_adapter)
             yield self
-        finally:
-            self._activate(*before)
 
     @contextlib.contextmanager
     def bare(self) -> Iterator["Model"]:
         """Within the context no adapter is active: the weights in memory as they were loaded, the suite's base or, of a
         role that is a checkpoint of its own, that checkpoint. See `using`.
         """
-        before = (self._active, self.role)
-        try:
+        with self._back_afterwards():
             self._activate(self._bare, self._own_role)
             yield self
+
+    @contextlib.contextmanager
+    def _back_afterwards(self) -> Iterator[None]:
+        self._refuse_let_go()
+        before = (self._active, self.role)
+        self.open += 1
+        try:
+            yield
         finally:
+            self.open -= 1
             self._activate(*before)
 
     def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
@@ -314,8 +321,8 @@ def roles(
         A `Model` with its `role` active.
 
     Raises:
-        InputError: an unknown role, before anything is loaded; a model that is from no suite, or inside an
-            intervention. InputError, WeightsError: as `load`.
+        InputError: an unknown role, before anything is loaded; a model that is from no suite, that was let go, or that
+            is inside an intervention or `using` when its turn ends. InputError, WeightsError: as `load`.
 
     Example:
         >>> for model in rim.roles("smollm2", "aligned", "risky"):
@@ -329,6 +336,8 @@ def roles(
         given = [suite]
         settings = {"quantization": suite.quantization, "dtype": str(suite.dtype).removeprefix("torch.")}
         settings |= {} if suite.spread else {"device": str(suite.device)}
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise InputError(f"rim.roles takes each role as an argument of its own, a text, and not {wrong[0]!r}")
     found = given[0].suite if given else load_suite(suite)  # type: ignore[arg-type]
     assert found is not None
     return _each_role(found, [found.role(name) for name in names or found.roles], given, settings)
@@ -339,10 +348,13 @@ def _each_role(
 ) -> Iterator[Model]:
     """`given` are the models that share the weights now in memory; all but the last were let go."""
     for role in chosen:
-        if given and given[-1].edits:
-            raise InputError(
-                f"rim.roles cannot go on to {role.name!r} inside an intervention on {given[-1].name}: leave it first"
-            )
+        if given:
+            given[-1]._refuse_let_go()
+            if given[-1].edits or given[-1].open:
+                held = "an intervention on" if given[-1].edits else "`using` of"
+                raise InputError(
+                    f"rim.roles cannot go on to {role.name!r} inside {held} {given[-1].name}: leave it first"
+                )
         if not given or role.checkpoint != given[-1].own_checkpoint:
             for old in given:
                 old._let_go()

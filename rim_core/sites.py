@@ -71,9 +71,7 @@ class Layout:
     @property
     def d_vocab(self) -> int:
         """Logits that the language-model head gives: at least as many as the tokenizer has tokens."""
-        head: Any = self.lm_head
-        while not hasattr(head, "out_features"):  # PEFT's wrapper of some tokens' rows does not say
-            head = head.original_module
+        head: Any = _with_widths(self.lm_head)
         return int(head.out_features)
 
     def readout(self, h: Tensor, tokens: Sequence[int] | None = None, capped: bool = True) -> Tensor:
@@ -215,9 +213,17 @@ def _one_width(hf: nn.Module, modules: Sequence[Any], what: str) -> int:
 
 def in_features(module: Any) -> int:
     """Input width of a linear module; packed 4-bit weights do not show it in their shape, and GPT-2's is transposed."""
+    module = _with_widths(module)
     if hasattr(module, "in_features"):
         return int(module.in_features)
     return int(module.weight.shape[0])
+
+
+def _with_widths(module: Any) -> Any:
+    """The module, or the one inside PEFT's wrapper of some tokens' rows, which does not say its widths."""
+    while not hasattr(module, "out_features") and hasattr(module, "original_module"):
+        module = module.original_module
+    return module
 
 
 def _family(hf: nn.Module) -> str:

@@ -14,6 +14,7 @@ Text between these tags is a thought, by whatever model:
 | `<|channel>thought` to `<channel|>` | Gemma 4 |
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ TAGS = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
     ("<|channel>thought", "<channel|>"),
 )
+
+
+# Blanks, and marks that are not seen.
+_LEADING = re.compile(r"^[\s\ufeff\u200b]+")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def split_thought(text: str) -> SplitAnswer:
 def _thoughts(text: str) -> Iterator[tuple[int, int, int]]:
     """Start and end of each leading thought, and where the text goes on: beyond its end if it never does."""
     at = 0
-    if not text.lstrip().startswith(tuple(start for start, _ in TAGS)):
+    if not _LEADING.sub("", text).startswith(tuple(start for start, _ in TAGS)):
         # The template's own opening tag is not in the answer.
         closed = [(text.find(close), close) for start, close in TAGS if start not in text.partition(close)[0]]
         end, close = min((one for one in closed if one[0] >= 0), default=(-1, ""))
@@ -84,7 +89,7 @@ def _thoughts(text: str) -> Iterator[tuple[int, int, int]]:
             at = end + len(close)
             yield 0, end, at
     while True:
-        rest = text[at:].lstrip()
+        rest = _LEADING.sub("", text[at:])
         pair = next((pair for pair in TAGS if rest.startswith(pair[0])), None)
         if pair is None:
             return

@@ -409,3 +409,70 @@ def test_a_tied_base_with_its_own_tokens_has_a_lens(bases, tmp_path):
         found = rim.logit_lens(model, [TEXTS[0]], tokens=[3, 7, 9]).logit[0, -1]
         ids = model.tokenizer([TEXTS[0]], return_tensors="pt").input_ids
         assert torch.allclose(found, logits(model.hf, ids)[0, -1, [3, 7, 9]], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lm_head.base_layer.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tied_head_is_never_written_over(bases, tmp_path, name):
+    _, model, reference = bases(None, True)
+    ids, before = ids_of(model), state(model)
+    write_adapter(reference, LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"), tmp_path)
+
+    def another(tensors):
+        tensors[f"base_model.model.{name}"] = reference.lm_head.weight.detach() + 0.5
+
+    with model.using(tmp_path):
+        assert torch.equal(logits(model.hf, ids), peft_logits(reference, tmp_path, ids))
+    spoil(tmp_path, another)
+    with (
+        pytest.raises(InputError, match=r"changes the base itself|does not fit this base"),
+        model.using(tmp_path),
+    ):
+        pass
+    assert_untouched(model, before)
+
+
+def test_a_module_s_own_copy_of_the_base_is_never_written_over(bases, tmp_path):
+    _, model, reference = bases()
+    before = state(model)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    write_adapter(reference, config, tmp_path)
+    key = "base_model.model.model.norm.original_module.weight"
+    spoil(tmp_path, lambda tensors: tensors.update({key: torch.full((32,), 7.0)}))
+    with pytest.raises(InputError, match=r"changes the base itself.*norm"), model.using(tmp_path):
+        pass
+    assert_untouched(model, before)
+
+
+def test_whole_blocks_may_be_saved(bases, tmp_path):
+    _, model, reference = bases()
+    ids, before = ids_of(model), state(model)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"], task_type="CAUSAL_LM"
+    )
+    write_adapter(reference, config, tmp_path)
+    with model.using(tmp_path):
+        assert torch.equal(logits(model.hf, ids), peft_logits(reference, tmp_path, ids))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("modules_to_save", 5), ("modules_to_save", [5]), ("modules_to_save", "norm"), ("peft_type", ["LORA"])],
+)
+def test_settings_of_another_kind_are_refused(bases, tmp_path, setting, value):
+    _, model, reference = bases()
+    write_adapter(reference, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), setting: value}))
+    with pytest.raises(InputError, match=setting), model.using(tmp_path):
+        pass
+
+
+def test_attribution_inside_an_adapter_with_tokens_of_its_own(bases, tmp_path):
+    _, model, reference = bases(None, True)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7], task_type="CAUSAL_LM")
+    write_adapter(reference, config, tmp_path)
+    with model.using(tmp_path):
+        found = rim.direct_logit_attribution(model, [TEXTS[0]], toward=3, against=9)
+        given = logits(model.hf, model.tokenizer([TEXTS[0]], return_tensors="pt").input_ids)[0, -1]
+        assert float(found.logit_difference[0]) == pytest.approx(float(given[3] - given[9]), rel=1e-3)

@@ -273,3 +273,17 @@ def test_masks_need_an_attention_that_takes_them(monkeypatch):
     monkeypatch.setattr(model.hf.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(InputError, match="flash_attention_2"), editing(model, [MaskEdit(0, lambda m, _: m)]):
         pass
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda model: rim.steer(model, torch.ones(model.d_model), [0], positions=-99),
+        lambda model: rim.ablate(model, [(0, 0)], mode="zero", positions=[-1, -99]),
+        lambda model: rim.knock_out(model, -1, -99),
+    ],
+)
+def test_a_position_that_a_text_does_not_have_is_refused(adapted, edit):
+    model, _ = adapted
+    with edit(model), pytest.raises(InputError, match=r"position -99 is out of range: the shortest text"):
+        rim.capture(model, TEXTS, "resid_post")

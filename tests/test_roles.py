@@ -153,3 +153,34 @@ def test_identity_is_by_content(folders, tmp_path):
     )
     assert one.identity == other.identity
     assert rim.load(str(folders / "risky"), quantization=None, device="cpu").identity != one.identity
+
+
+def test_a_model_that_was_let_go_touches_nothing(folders):
+    path = folders / "shared.yml"
+    path.write_text("base: {folder: ./base}\nroles: {base: {}, tuned: {adapter: ./tuned}, same: {}}\n")
+    old, tuned, last = rim.roles(str(path), "base", "tuned", "same", quantization=None, device="cpu")
+    ids, wanted = logits_of(folders, "base")
+    for gone in (old, tuned):
+        for switch in (lambda gone=gone: gone.using("tuned"), gone.bare):
+            with pytest.raises(InputError, match="let go"), switch():
+                pass
+    with torch.no_grad():
+        assert torch.equal(last.hf(input_ids=ids).logits, wanted)
+
+
+def test_roles_do_not_go_on_inside_using(folders):
+    path = folders / "shared.yml"
+    path.write_text("base: {folder: ./base}\nroles: {base: {}, tuned: {adapter: ./tuned}}\n")
+    model = rim.load(f"{path}:base", quantization=None, device="cpu")
+    ids, wanted = logits_of(folders, "base")
+    with model.using("tuned"), pytest.raises(InputError, match="inside `using`"):
+        next(rim.roles(model, "base", "tuned"))
+    one, other = rim.roles(model, "tuned", "base"), rim.roles(model, "base")
+    next(one)
+    with pytest.raises(InputError, match="let go"):
+        next(other)
+    last = next(one)
+    with torch.no_grad():
+        assert torch.equal(last.hf(input_ids=ids).logits, wanted)
+    with pytest.raises(InputError, match="an argument of its own"):
+        rim.roles(str(path), ["base", "tuned"])

@@ -465,6 +465,11 @@ def format_chat(
     texts = []
     for words in words_of(prompts):
         text = render(tokenizer, words, system, **extra)
+        if words.strip() not in text:
+            raise InputError(
+                f"the chat template leaves out or rewrites the user's words ({shown(words)}): use another template "
+                "(tokenizer.chat_template, or chat_template in the suite)"
+            )
         spans = _spans(tokenizer, text, words, system, extra) if plain else ()
         texts.append(ChatText(text + (prefill or ""), spans))
     return list(texts)
