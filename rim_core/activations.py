@@ -61,7 +61,7 @@ def open_activations(folder: str | Path) -> Activations:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise InputError(
             f"{folder} holds no finished capture: run capture(..., to={str(folder)!r}) again"
         ) from None

@@ -127,7 +127,8 @@ def number(
         InputError: it is no number, is not finite, or lies outside.
     """
     given = getattr(value, "dtype", None)
-    scalar = not isinstance(value, (str, bytes, bool)) and "bool" not in str(given)
+    kinds = ("bool", "complex", "str")
+    scalar = not isinstance(value, (str, bytes, bool)) and not any(kind in str(given) for kind in kinds)
     try:
         found = float(value) if scalar and not getattr(value, "ndim", None) else math.nan
     except (TypeError, ValueError, OverflowError):
@@ -139,6 +140,24 @@ def number(
         words += [f"below {below:g}"] if below < math.inf else []
         told = f" {' and '.join(words)}" if words else ""
         raise InputError(f"{what} must be a finite number{told}, not {shown(value)}")
+    return found
+
+
+class TwiceError(ValueError):
+    """A key that stands twice in one JSON object; its message is the key as a message shows it."""
+
+
+def distinct_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict, for `json.loads(..., object_pairs_hook=distinct_keys)`.
+
+    Raises:
+        TwiceError: a key that stands twice, of whose values JSON's reader would keep the last alone.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise TwiceError(shown(key))
+        found[key] = value
     return found
 
 

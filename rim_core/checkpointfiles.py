@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; raises InputError where the file is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise InputError(f"{path} is not readable JSON: fetch or write it again")
@@ -174,7 +174,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry["shape"]) for name, entry in header.items()}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise WeightsError(f"{path} is damaged or cut short: fetch or write it again") from None
 
 

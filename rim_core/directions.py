@@ -7,7 +7,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from rim_core.errors import InputError
-from rim_core.linear import checked, dot, normalised, principal, shape_of
+from rim_core.linear import as_tensor, checked, dot, normalised, principal, shape_of
 
 
 def difference_in_means(a: Tensor, b: Tensor, normalise: bool = False) -> Tensor:
@@ -48,7 +48,7 @@ def project(values: Tensor, direction: Tensor) -> Tensor:
     """
     given, unit = (
         checked(values, "project: values"),
-        normalised(direction.detach().cpu(), "project: direction"),
+        normalised(as_tensor(direction, "project: direction").detach().cpu(), "project: direction"),
     )
     if unit.ndim not in (1, 2) or given.shape[given.ndim - unit.ndim :] != unit.shape:
         raise InputError(

@@ -118,7 +118,10 @@ def by_layer(model: Model, direction: Any) -> Tensor:
     Raises:
         InputError: another shape, numbers that are not finite, or a direction of length 0.
     """
-    given = torch.as_tensor(direction, dtype=torch.float32, device=model.device)
+    try:
+        given = torch.as_tensor(direction, dtype=torch.float32).to(model.device)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InputError(f"direction must be a tensor of real numbers, not {shown(direction)}") from None
     whole = (model.n_layers, model.d_model)
     if given.shape not in (whole[1:], whole):
         raise InputError(

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.stats import Ints
 
@@ -45,9 +47,24 @@ def normalised(direction: Tensor, name: str) -> Tensor:
     return vectors / lengths
 
 
-def checked(values: Tensor, name: str, at_least: int = 1) -> Tensor:
-    """The values on the CPU, if they are floating-point, finite, and have `at_least` axes."""
-    tensor = values.detach().cpu()
+def as_tensor(values: Any, name: str) -> Tensor:
+    """A tensor as it is, or an array or lists of real numbers as one; raises `InputError` for anything else."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "biuf":
+            # Torch reads neither negative strides nor foreign byte orders nor long doubles.
+            kind = "f8" if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+            return torch.tensor(np.ascontiguousarray(array, dtype=kind).reshape(array.shape))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise InputError(f"{name} must be a tensor or an array of real numbers, not {checking.shown(values)}")
+
+
+def checked(values: Any, name: str, at_least: int = 1) -> Tensor:
+    """The values on the CPU, if they are floating-point, finite, and have `at_least` axes; NumPy's as a tensor."""
+    tensor = as_tensor(values, name).detach().cpu()
     if not tensor.is_floating_point() or tensor.ndim < at_least or 0 in tensor.shape:
         raise InputError(
             f"{name} is {tensor.dtype} {shape_of(tensor)}; give activations with {at_least} or more axes, none empty"

@@ -1,12 +1,13 @@
 """The notebooks' sources: which there are, what a user means by a name, and the parameters each one takes."""
 
 import ast
+import contextlib
 import json
 import math
 import re
 import tokenize
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -135,8 +136,9 @@ def read_source(project: Path, name: str) -> dict[str, Any]:
         data = json.loads(path_of(project, name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"notebook {name}: there is no notebooks/{name}.ipynb") from None
-    except ValueError as error:
-        raise InputError(f"notebook {name}: not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise InputError(f"notebook {name}: not valid JSON: {what}") from None
     if not isinstance(data, dict) or not isinstance(data.get("cells"), list):
         raise InputError(f"notebook {name}: holds no cells; it must be in notebook format 4")
     return data
@@ -327,28 +329,61 @@ def check_overrides(
             )
         at = f"notebook {name}: parameter {key}"
         converted = _convert(known[key], value, at)
-        if _names_file(key, converted):
-            converted = _found(converted, project, at)
+        converted = with_texts(
+            key,
+            converted,
+            lambda place, text: (
+                _found(text, project, f"notebook {name}: parameter {place}")
+                if _names_file(place, text)
+                else text
+            ),
+        )
         if converted != known[key].default or type(converted) is not type(known[key].default):
             checked[key] = converted
     return checked
 
 
 def files_of(parameters: Mapping[str, Any], project: Path | None = None) -> dict[str, Path]:
-    """Give the files that parameters' values name and that are there, by parameter: what a run reads beside its models.
+    """Give the files that parameters' values name and that are there, by place: what a run reads beside its models.
 
-    A value names a file if it is a text that ends like a prompt file (.csv, .tsv, .jsonl), or if its parameter's
-    name ends in `_file` and it is not empty. One that is not absolute is meant from the project's folder.
+    A value, or one in a list, tuple or dict, names a file if it is a text that ends like a prompt file (.csv, .tsv,
+    .jsonl), or if its parameter's name ends in `_file` and it is not empty. One that is not absolute is meant from
+    the project's folder. The places are those of `with_texts`.
     """
     base = project or places.root()
-    named = {name: base / value for name, value in parameters.items() if _names_file(name, value)}
-    return {name: path for name, path in named.items() if path.is_file()}
+    found: dict[str, Path] = {}
+
+    def look(place: str, text: str) -> str:
+        if _names_file(place, text):
+            with contextlib.suppress(OSError, ValueError):  # too long, a null byte
+                if (base / text).is_file():
+                    found[place] = base / text
+        return text
+
+    for name, value in parameters.items():
+        with_texts(name, value, look)
+    return found
 
 
-def _names_file(name: str, value: Any) -> bool:
-    if not isinstance(value, str) or value.startswith("hub:"):
+def with_texts(place: str, value: Any, change: Callable[[str, str], Any]) -> Any:
+    """Give a parameter's value with each text in it as `change(place, text)` makes it.
+
+    A place is the parameter's name, and within its value as Python would write it: `sets[1]`, `m['a'][0]`.
+    """
+    if isinstance(value, str):
+        return change(place, value)
+    if isinstance(value, dict):
+        return {key: with_texts(f"{place}[{key!r}]", item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [with_texts(f"{place}[{i}]", item, change) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _names_file(place: str, text: str) -> bool:
+    if not text or text.startswith("hub:"):
         return False
-    return bool(value) and (name.endswith("_file") or Path(value).suffix.lower() in FILE_SUFFIXES)
+    return place.partition("[")[0].endswith("_file") or Path(text).suffix.lower() in FILE_SUFFIXES
 
 
 def _found(value: str, project: Path | None, at: str) -> str:
@@ -369,7 +404,8 @@ def _convert(parameter: Parameter, value: Any, at: str) -> Any:
     told = f"{at}: {checking.shown(value)}"
     why = f"is not of type {parameter.type}{_example(parameter)}"
     try:
-        readings = _readings(value)
+        # What is a text alone is not read: two keys of one name in it lose nothing.
+        readings = [value] if parameter.type == "str" else _readings(value)
     except _NotJsonError as error:
         raise InputError(f"{told} {error}") from None
     for reading in readings:
@@ -401,15 +437,22 @@ def _readings(value: Any) -> list[Any]:
     words = {"true": True, "false": False, "none": None, "null": None}
     if (word := value.strip().lower()) in words:
         return [words[word], value]
-    for read in (json.loads, int, float):
+    readers: tuple[Callable[[str], Any], ...] = (_from_json, int, float)
+    for read in readers:
         try:
             parsed = read(value)
+        except checking.TwiceError as error:
+            raise _NotJsonError(f"names {error} twice; name each key once") from None
         except ValueError:
             continue
         except RecursionError:
             raise _NotJsonError("is nested too deeply") from None
         return [value] if isinstance(parsed, str) else [parsed, value]
     return [value]
+
+
+def _from_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=checking.distinct_keys)
 
 
 def _as_json(value: Any) -> str:

@@ -161,7 +161,11 @@ def run_key(
 def _by_content(project: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with the content of each file that one names in place of its path."""
     files = notebooks.files_of(parameters, project)
-    return {**parameters, **{name: identity.file_hash(path) for name, path in files.items()}}
+
+    def content(place: str, text: str) -> str:
+        return identity.file_hash(files[place]) if place in files else text
+
+    return {name: notebooks.with_texts(name, value, content) for name, value in parameters.items()}
 
 
 def _with_fetched(

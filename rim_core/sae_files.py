@@ -83,7 +83,7 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         raise InputError(
             f"{folder} holds no sparse autoencoder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from None
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
     kind = _kind(folder / CONFIG_FILE, config)
     d_in, d_sae = config.get("d_in"), config.get("d_sae")

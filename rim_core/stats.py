@@ -23,6 +23,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 # What must not be split or is resampled whole: a label a value, or None.
 Groups = Sequence[object] | NDArray | None
+# Counts beyond this, and numbers beyond that, are refused: exact intervals, and sums of squares, go wrong there.
+_MOST = 10**9
+_LARGEST = 1e150
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,28 @@ def proportion(successes: int, n: int, level: float = 0.95) -> Interval:
     Raises:
         InputError: unless both are whole numbers with 0 <= successes <= n and n >= 1.
     """
-    # Counts that were summed as floats (5.0) are counts all the same.
-    whole = [_count(value) for value in (successes, n)]
-    hits, of = whole
-    if hits is None or of is None or of < 1 or not 0 <= hits <= of:
-        raise InputError(
-            f"proportion: {successes} successes of {n} is no proportion; give whole numbers, "
-            "0 <= successes <= n, n >= 1"
-        )
-    _check_level(level)
+    hits, of = _share(successes, n, "proportion")
+    level = _level(level)
     ends = scipy.stats.binomtest(hits, of).proportion_ci(level, method="exact")
     return Interval(hits / of, float(ends.low), float(ends.high), of, level, "Clopper-Pearson")
 
 
+def _share(successes: Any, n: Any, caller: str) -> tuple[int, int]:
+    """Both counts of a proportion as ints."""
+    hits, of = _count(successes), _count(n)
+    if hits is None or of is None or not 0 <= hits <= of or not 1 <= of <= _MOST:
+        raise InputError(
+            f"{caller}: {checking.shown(successes)} successes of {checking.shown(n)} is no proportion; give whole "
+            "numbers, 0 <= successes <= n, n >= 1 and at most a billion"
+        )
+    return hits, of
+
+
 def _count(value: Any) -> int | None:
-    """A count as an int, or None where it is none; a truth value counts as 0 or 1."""
+    """A count as an int, or None where it is none; one that was summed as a float (5.0) is a count all the same."""
     try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = checking.number(value, "count")
+    except InputError:
         return None
     return int(number) if number.is_integer() else None
 
@@ -101,7 +108,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
         InputError: fewer than two values, or a value that is not finite.
     """
     data = _sample(values, "t_interval: values", at_least=2)
-    _check_level(level)
+    level = _level(level)
     half = float(scipy.stats.t.ppf((1 + level) / 2, data.size - 1) * scipy.stats.sem(data))
     mean = float(data.mean())
     return Interval(mean, mean - half, mean + half, data.size, level, "Student t")
@@ -133,8 +140,8 @@ def bootstrap(
             or a statistic that is not one finite number on the sample or on a resample of it.
     """
     data = _sample(values, "bootstrap: values", at_least=2)
-    _check_level(level)
-    n_resamples = checking.whole(n_resamples, "bootstrap: n_resamples", 1)
+    level = _level(level)
+    n_resamples = checking.whole(n_resamples, "bootstrap: n_resamples", 2)
     codes = group_codes(groups, data.size)
     members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
 
@@ -160,8 +167,8 @@ def bootstrap(
 def _one_number(value: Any, of: str) -> float:
     """A statistic's value as a finite float."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str) or np.iscomplexobj(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise InputError(
@@ -192,12 +199,13 @@ def resampled_means(
         InputError: not two-dimensional, not finite, fewer than two rows or groups, no resamples, or lengths that
             differ.
     """
-    data = np.asarray(values, dtype=np.float64)
+    data = _numbers(values, "resampled_means: values", "numbers [n, column]")
     if data.ndim != 2 or len(data) < 2 or not np.isfinite(data).all():
         raise InputError(
             f"resampled_means: values {data.shape} must be finite and [n, column], n at least 2; check the input"
         )
-    n_resamples = checking.whole(n_resamples, "resampled_means: n_resamples", 1)
+    _refuse_overflow(data, "resampled_means: values")
+    n_resamples = checking.whole(n_resamples, "resampled_means: n_resamples", 2)
     codes = group_codes(groups, len(data))
     sizes = np.bincount(codes)
     sums = np.zeros((len(sizes), data.shape[1]))
@@ -218,7 +226,7 @@ def cohens_d(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
         InputError: fewer than two values in a sample, values that are not finite, or no spread in either.
     """
     first, second = _sample(a, "cohens_d: a", at_least=2), _sample(b, "cohens_d: b", at_least=2)
-    _check_level(level)
+    level = _level(level)
     n_a, n_b = first.size, second.size
     pooled = np.sqrt(((n_a - 1) * first.var(ddof=1) + (n_b - 1) * second.var(ddof=1)) / (n_a + n_b - 2))
     # Rounding leaves a constant sample with a spread of a few ulps, which would make d astronomically large.
@@ -340,7 +348,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
         InputError: as `mcnemar`.
     """
     first, second = _paired_outcomes(a, b, "paired_difference")
-    _check_level(level)
+    level = _level(level)
     n = first.size
     yes_a, yes_b, both = first.sum(), second.sum(), (first * second).sum()
     ends_a, ends_b = (
@@ -371,10 +379,11 @@ def fisher(successes_a: int, n_a: int, successes_b: int, n_b: int) -> Comparison
     Raises:
         InputError: counts that are no proportion.
     """
-    a, b = proportion(successes_a, n_a), proportion(successes_b, n_b)
-    table = [[successes_a, n_a - successes_a], [successes_b, n_b - successes_b]]
+    hits_a, of_a = _share(successes_a, n_a, "fisher: a")
+    hits_b, of_b = _share(successes_b, n_b, "fisher: b")
+    table = [[hits_a, of_a - hits_a], [hits_b, of_b - hits_b]]
     p_value = float(scipy.stats.fisher_exact(table).pvalue)
-    return Comparison(a.estimate - b.estimate, p_value, a.n, b.n, "Fisher, exact")
+    return Comparison(hits_a / of_a - hits_b / of_b, p_value, of_a, of_b, "Fisher, exact")
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
@@ -404,9 +413,9 @@ def derive_generator(seed: int, *labels: str | int) -> np.random.Generator:
     so it is the same on every machine and Python.
 
     Raises:
-        InputError: a seed that is no whole number: 1 and 1.5 must not draw the same.
+        InputError: a seed that is no whole number of at least 0: 1 and 1.5 must not draw the same.
     """
-    digest = hashlib.sha256(json.dumps([checking.whole(seed, "seed"), *labels]).encode()).digest()
+    digest = hashlib.sha256(json.dumps([checking.whole(seed, "seed", 0), *labels]).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
@@ -419,8 +428,13 @@ def group_codes(groups: Groups, n: int) -> Ints:
     if groups is None:
         return np.arange(n)
     # A tensor iterates as objects that hash by identity, which would make each value a group of its own.
-    labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
-    codes, distinct = pd.factorize(pd.Series(labels, dtype=object))
+    labels = checking.listed(groups.tolist() if hasattr(groups, "tolist") else groups, "groups")
+    try:
+        codes, distinct = pd.factorize(pd.Series(labels, dtype=object))
+    except TypeError:
+        raise InputError(
+            f"groups: one is no name or number, such as {checking.shown(labels[0])}; give a flat list of labels"
+        ) from None
     if len(codes) != n:
         raise InputError(f"groups: {len(codes)} groups for {n} values; give one group a value")
     if (codes < 0).any():
@@ -461,10 +475,7 @@ def split(
 
 
 def _sample(values: ArrayLike, name: str, at_least: int = 1) -> Floats:
-    try:
-        data = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} are not numbers; give a flat list of numbers") from error
+    data = _numbers(values, name, "a flat list of numbers")
     if data.ndim != 1:
         raise InputError(f"{name} have shape {data.shape}; give a flat list of numbers")
     if data.size < at_least:
@@ -472,7 +483,35 @@ def _sample(values: ArrayLike, name: str, at_least: int = 1) -> Floats:
     broken = int((~np.isfinite(data)).sum())
     if broken:
         raise InputError(f"{name} hold {broken} that are NaN or infinite; find out why before going on")
+    _refuse_overflow(data, name)
     return data
+
+
+def _numbers(values: Any, name: str, wanted: str) -> Floats:
+    """Real numbers as float64; of complex ones and of numbers in quotes NumPy would make others without a word."""
+    wrong = InputError(f"{name} are not numbers; give {wanted}")
+    try:
+        if isinstance(values, (list, tuple)):
+            values = [item.tolist() if hasattr(item, "tolist") else item for item in values]
+        if str(getattr(values, "dtype", "")) == "torch.bfloat16":
+            values = values.double()
+        raw = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+        texts = raw.dtype.kind == "O" and any(isinstance(x, (str, bytes, complex)) for x in raw.flat)
+        if raw.dtype.kind not in "biufO" or texts:
+            raise wrong
+        return raw.astype(np.float64)
+    except OverflowError:
+        raise InputError(f"{name} hold a number too large for a float; give them in a larger unit") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise wrong from None
+
+
+def _refuse_overflow(data: Floats, name: str) -> None:
+    """Refuse numbers whose squares, summed up, would be infinite: a p-value or an interval of those means nothing."""
+    if data.size and np.abs(data).max() > _LARGEST:
+        raise InputError(
+            f"{name} hold numbers beyond {_LARGEST:g}, whose squares overflow; give them in a larger unit"
+        )
 
 
 def _paired_outcomes(a: ArrayLike, b: ArrayLike, caller: str) -> tuple[Floats, Floats]:
@@ -486,12 +525,10 @@ def _paired_outcomes(a: ArrayLike, b: ArrayLike, caller: str) -> tuple[Floats, F
     return first, second
 
 
-def _check_level(level: float) -> None:
+def _level(level: Any) -> float:
     try:
-        fits = 0 < float(level) < 1
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
+        return checking.number(level, "level", above=0, below=1)
+    except InputError:
         raise InputError(
             f"level {checking.shown(level)} is no coverage; give a number between 0 and 1, such as 0.95"
-        )
+        ) from None

@@ -400,3 +400,28 @@ def test_bad_input_gets_one_line(call, says):
     with pytest.raises(InputError, match=says) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+ARRAYS = [
+    np.asarray,
+    np.flip,
+    lambda x: x.astype(">f8"),
+    lambda x: x.astype(np.longdouble),
+    lambda x: x.tolist(),
+]
+
+
+@pytest.mark.parametrize("made", ARRAYS)
+def test_numpy_arrays_are_activations(made):
+    rng = np.random.default_rng(0)
+    a, b, u, v = (rng.normal(size=size) for size in ((9, 4), (8, 4), 4, 4))
+    given_arrays = [made(x) for x in (a, b, u, v)]
+    tensors = [torch.tensor(np.array(x, dtype=np.float64, order="C")) for x in given_arrays]
+    for call in (
+        lambda a, b, u, v: difference_in_means(a, b),
+        lambda a, b, u, v: cosine(u, v),
+        lambda a, b, u, v: whitened_cosine(u, v, a),
+        lambda a, b, u, v: principal_angles(a[:3], b[:2]),
+        lambda a, b, u, v: project(a, u),
+    ):
+        assert torch.equal(torch.as_tensor(call(*given_arrays)), torch.as_tensor(call(*tensors)))

@@ -13,7 +13,7 @@ import pytest
 import tiny_project
 from tiny_project import rim, write
 
-from rim_core import cli, notebooks, workspace
+from rim_core import cli, notebooks, runner, workspace
 from rim_core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +101,8 @@ DEEP = "[" * 100_000
         ("data_file: str = ''", "no such file.csv", "there is no file 'no such file.csv' here"),
         ("source: str = 'harmful'", "gone.TSV", "there is no file 'gone.TSV' here"),
         ("data_file: str = ''", "x" * 300, "there is no file"),
+        ("m: dict[str, str] = {}", '{"a": "x", "a": "y"}', "names 'a' twice; name each key once"),
+        ("m: dict = {}", '{"b": [{"a": 1, "a": 1}]}', "names 'a' twice"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(cell, value, words):
@@ -157,6 +159,41 @@ def test_files_are_meant_from_where_the_user_stands(tmp_path, monkeypatch):
     assert notebooks.files_of({**inside, "n": 3, "b_file": "", "c": "x.csv"}, project) == {
         "a_file": project / "mine" / "set.jsonl"
     }
+
+
+FILES = [
+    ("p: list[str] = []", ["harmful", "a.csv"], ["p[1]"], "p[1]"),
+    ("p: tuple[str, ...] = ()", ["a.csv"], ["p[0]"], "p[0]"),
+    ("p: dict[str, str] = {}", {"a": "a.csv", "b": "hub:x/y.csv"}, ["p['a']"], "p['a']"),
+    ("p: dict = {}", {"a": [1, {"b": "a.csv"}, None]}, ["p['a'][1]['b']"], "p['a'][1]['b']"),
+    ("p_file: list[str] = []", ["a.csv", "plain"], ["p_file[0]", "p_file[1]"], "p_file[0]"),
+]
+
+
+@pytest.mark.parametrize(("cell", "value", "places", "first"), FILES)
+def test_files_named_within_a_value_are_found_checked_and_count_by_content(
+    tmp_path, monkeypatch, cell, value, places, first
+):
+    monkeypatch.setenv("RIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(known(cell)))
+    with pytest.raises(InputError, match=re.escape(f"parameter {first}: there is no file 'a.csv' here")):
+        given(cell, **{name: value})
+    for file in ("a.csv", "plain"):
+        (tmp_path / file).write_text("prompt\nHi\n")
+    found = given(cell, **{name: value})
+    files = notebooks.files_of(found, ROOT)
+    assert list(files) == places
+    assert all(path.is_file() and path.is_relative_to(tmp_path) for path in files.values())
+    before = runner._by_content(ROOT, found)
+    assert str(tmp_path) not in str(before)
+    (tmp_path / "a.csv").write_text("prompt\nHo there\n")
+    assert runner._by_content(ROOT, found) != before
+
+
+def test_a_text_alone_is_no_json_and_a_name_too_long_no_file():
+    assert given("p: str = ''", p='{"a": 1, "a": 2}') == {"p": '{"a": 1, "a": 2}'}
+    assert notebooks.files_of({"p": ["x" * 5000 + ".csv", "\0.csv"]}, ROOT) == {}
 
 
 # --- the shipped notebooks and the command ----------------------------------------------------------------

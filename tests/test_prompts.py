@@ -1,5 +1,6 @@
 """Prompt sets: the built-in minimal pairs, local files in the published columns, and every bad file."""
 
+import csv
 import json
 from collections import Counter
 
@@ -138,7 +139,15 @@ def test_published_columns(tmp_path, name, content, first):
         ("a.csv", b'prompt,category\n"Hi" you,x\n', "line 2: not a readable table"),
         ("a.csv", b'prompt,category\n"Hi,x\n', "not a readable table: unexpected end of data"),
         ("a.csv", b"Goal,goal\nHi,Ho\n", "has the columns 'Goal' and 'goal': rename"),
-        ("a.csv", b"\xff\xfep\x00", "not UTF-8"),
+        ("a.csv", b"\xff\xfep\x00", "not UTF-8 .*`iconv -f utf-16 -t utf-8`"),
+        ("a.csv", b"prompt\n\xe9\n", "not UTF-8 .*`iconv -f ITS-ENCODING -t utf-8`"),
+        ("a.csv", b"prompt,prompt\nHi,Ho\n", "has the column 'prompt' twice: rename one"),
+        ("a.csv", b"prompt,category, category\nHi,a,b\n", "has the column 'category' twice"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x"}\n{"prompt": "a", "prompt": "b"}',
+            "line 2 has 'prompt' twice: name each",
+        ),
         ("a.csv", b"\n \n\n", "holds no rows"),
         ("a.jsonl", b'{"instruction": "x", "input": 5}', "line 1, column 'input': 5 is not a text"),
         ("a.jsonl", b'{"prompt": 5}', "line 1, column 'prompt': 5 is not a text"),
@@ -169,6 +178,13 @@ def test_bad_files_get_one_line(tmp_path, name, content, says):
         rim.load_prompts(str(path))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_long_fields_and_nameless_columns_are_read(tmp_path):
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"prompt,,\n{'x' * 200_000},,\n")
+    assert [len(prompt.text) for prompt in rim.load_prompts(tmp_path / "a.csv")] == [200_000]
+    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a user may pass by mistake: each is one line that says what is wrong; and what NumPy gives is taken."""
 
 import errno
+import json
 import resource
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 from tiny import TEXTS
 
 import rim_core as rim
-from rim_core import checking
+from rim_core import checking, checkpointfiles, identity
 from rim_core.editing import Edit, editing
-from rim_core.errors import InputError
+from rim_core.errors import InputError, WeightsError
 
 HOW, WHY = TEXTS[0], TEXTS[2]
 NAN = float("nan")
@@ -62,6 +63,20 @@ REFUSALS = [
         lambda m: used(rim.steer(m, torch.ones(32), 1, coefficient=NAN)),
         "coefficient must be a finite number, not nan",
     ),
+    (lambda m: used(rim.steer(m, None, 1)), "direction must be a tensor of real numbers, not None"),
+    (lambda m: used(rim.steer(m, "x", 1)), "direction must be a tensor of real numbers, not 'x'"),
+    (lambda m: used(rim.steer(m, [[1.0], [1.0, 2.0]], 1)), "direction must be a tensor of real numbers"),
+    (lambda m: used(rim.steer(m, {"a": 1}, 1)), "direction must be a tensor of real numbers"),
+    (
+        lambda m: rim.cosine("x", np.ones(3)),
+        "cosine: u must be a tensor or an array of real numbers, not 'x'",
+    ),
+    (
+        lambda m: rim.cosine(np.ones(3), None),
+        "cosine: v must be a tensor or an array of real numbers, not None",
+    ),
+    (lambda m: rim.cosine(np.ones(3) * 1j, np.ones(3)), "cosine: u must be a tensor or an array of real"),
+    (lambda m: rim.difference_in_means(np.ones((2, 3), int), np.ones((2, 3))), "a is torch.int64"),
     (lambda m: rim.random_direction(8, seed=-1), "seed must be a whole number of at least 0"),
     (lambda m: rim.random_direction(8, seed=1.5), "seed must be a whole number"),
     (lambda m: rim.random_heads(m, 2.5), "n must be a whole number"),
@@ -181,6 +196,8 @@ CHECKS = [
     (lambda: checking.one_of([], ("a", "b"), "mode"), r"unknown mode \[\]: choose from a, b"),
     (lambda: checking.same_length("ks", a=[1], b=[1, 2]), r"ks: lengths differ \(a 1, b 2\)"),
     (lambda: checking.number(True, "x"), "x must be a finite number, not True"),
+    (lambda: checking.number(np.complex128(1), "x"), "x must be a finite number"),
+    (lambda: json.loads('{"a": {"b": 1, "b": 2}}', object_pairs_hook=checking.distinct_keys), "^'b'$"),
     (lambda: checking.number(1, "x", above=0, below=1), "above 0 and below 1, not 1"),
     (lambda: checking.finite(np.array([[1, NAN]]), "x", 1, "layer"), "x, layer 1: 1 of 2 numbers are NaN"),
     (lambda: checking.finite(torch.tensor([1.0, torch.inf]), "x"), "x: 1 of 2 numbers are NaN or infinite"),
@@ -189,8 +206,23 @@ CHECKS = [
 
 @pytest.mark.parametrize(("call", "words"), CHECKS)
 def test_the_checks_themselves(call, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises((InputError, checking.TwiceError), match=words):
         call()
+
+
+def test_json_nested_without_end_is_one_line(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(InputError, match=r"config\.json is not readable JSON") as caught:
+        checkpointfiles.read_json(path)
+    assert "\n" not in str(caught.value)
+    length = path.stat().st_size.to_bytes(8, "little")
+    (tmp_path / "model.safetensors").write_bytes(length + path.read_bytes())
+    with pytest.raises(WeightsError, match="is damaged or cut short"):
+        checkpointfiles.read_shapes(tmp_path / "model.safetensors")
+    for depth in (100_000, *range(960, 1000)):  # also what can just be read, and not be written again
+        path.write_text("[" * depth + "]" * depth)
+        assert len(identity.checkpoint_identity(tmp_path)) == 64
 
 
 def test_checks_give_plain_numbers_back():

@@ -7,6 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
@@ -323,15 +324,15 @@ BAD_CALLS = [
     (lambda: stats.permutation_test([1, 2], [3], paired=False), "b hold 1 of the 2 needed"),
     (lambda: stats.proportion(np.nan, 10), "nan successes of 10"),
     (lambda: stats.proportion(3, np.inf), "3 successes of inf"),
-    (lambda: stats.proportion("x", 10), "x successes of 10"),
+    (lambda: stats.proportion("x", 10), "'x' successes of 10"),
     (lambda: stats.fisher(np.nan, 2, 1, 2), "nan successes of 2"),
     (
         lambda: stats.bootstrap([1, 2], n_resamples=0),
-        "n_resamples must be a whole number of at least 1, not 0",
+        "n_resamples must be a whole number of at least 2, not 0",
     ),
     (lambda: stats.bootstrap([1, 2], n_resamples=9.5), "n_resamples must be a whole number"),
-    (lambda: stats.bootstrap([1, 2], seed=1.5), "seed must be a whole number, not 1.5"),
-    (lambda: stats.bootstrap([1, 2], seed=True), "seed must be a whole number, not True"),
+    (lambda: stats.bootstrap([1, 2], seed=1.5), "seed must be a whole number of at least 0, not 1.5"),
+    (lambda: stats.bootstrap([1, 2], seed=True), "seed must be a whole number of at least 0, not True"),
     (lambda: stats.bootstrap([1, 2], level="x"), "is no coverage"),
     (lambda: stats.bootstrap([1, 2], lambda x: np.nan), "statistic of the sample is nan"),
     (lambda: stats.bootstrap([1, 2], lambda x: x), "statistic of the sample is array"),
@@ -350,6 +351,40 @@ BAD_CALLS = [
     (lambda: stats.fisher(3, 2, 1, 2), "3 successes of 2"),
     (lambda: stats.benjamini_hochberg([0.5, 1.2]), "outside 0 to 1"),
     (lambda: stats.benjamini_hochberg([]), "0 of the 1 needed"),
+    # What would overflow.
+    (lambda: stats.permutation_test([1e308, 1e308, -1e308], [1, 2, 3]), r"a hold numbers beyond 1e\+150"),
+    (lambda: stats.t_interval([1e308, -1e308]), "squares overflow; give them in a larger unit"),
+    (lambda: stats.cohens_d([1e200, 2e200], [1, 2]), "cohens_d: a hold numbers beyond"),
+    (lambda: stats.resampled_means([[1e308], [1e308]]), "values hold numbers beyond"),
+    (lambda: stats.t_interval([10**400, 1]), "a number too large for a float"),
+    (lambda: stats.bootstrap([1, 2], lambda x: 10**400), "statistic of the sample is 1000"),
+    # What NumPy would make numbers of without a word.
+    (lambda: stats.t_interval(["1", "2"]), "not numbers"),
+    (lambda: stats.t_interval(np.array(["1", 2], dtype=object)), "not numbers"),
+    (lambda: stats.ks([1 + 2j], [1]), "a are not numbers"),
+    (lambda: stats.ks(torch.tensor([1 + 2j]), [1]), "a are not numbers"),
+    (lambda: stats.ks(np.array([1 + 2j, 3], dtype=object), [1]), "a are not numbers"),
+    (lambda: stats.t_interval(x for x in [1.0, 2.0]), "not numbers"),
+    (lambda: stats.bootstrap([1, 2], lambda x: np.complex128(1j)), "statistic of the sample is"),
+    (lambda: stats.bootstrap([1, 2], lambda x: "1"), "statistic of the sample is '1'"),
+    (lambda: stats.resampled_means([[1j], [2j]]), r"values are not numbers; give numbers \[n, column\]"),
+    (lambda: stats.resampled_means([x] for x in "12"), "values are not numbers"),
+    (lambda: stats.resampled_means([["1"], ["2"]]), "values are not numbers"),
+    (lambda: stats.bootstrap([1, 2], seed=-1), "seed must be a whole number of at least 0, not -1"),
+    (lambda: stats.bootstrap([1, 2], n_resamples=1), "n_resamples must be a whole number of at least 2"),
+    (lambda: stats.proportion("1", 2), "'1' successes of 2"),
+    (lambda: stats.proportion(True, 2), "True successes of 2"),
+    (lambda: stats.proportion(np.True_, 2), "successes of 2"),
+    (lambda: stats.proportion(np.complex128(1), 2), "successes of 2"),
+    (lambda: stats.proportion(1, 10**30), "n >= 1 and at most a billion"),
+    (lambda: stats.proportion(1, 10**400), "n >= 1 and at most a billion"),
+    (lambda: stats.proportion(1, 2, level="0.9"), "level '0.9' is no coverage"),
+    (lambda: stats.paired_difference([1, 0], [1, 0], level=np.array([0.9])), "is no coverage"),
+    (lambda: stats.fisher("1", 2, 1, 2), "fisher: a: '1' successes of 2"),
+    (lambda: stats.fisher(1, 2, True, 2), "fisher: b: True successes of 2"),
+    (lambda: stats.bootstrap([1, 2, 3], groups=[[1], [2], [3]]), "groups: one is no name or number"),
+    (lambda: stats.bootstrap([1, 2], groups=5), "groups must be a list, not 5"),
+    (lambda: stats.bootstrap([1, 2], groups="ab"), "groups must be a list, not 'ab'"),
 ]
 
 
@@ -365,7 +400,19 @@ def test_a_bootstrap_without_spread_has_no_width_and_no_nan():
     assert (found.estimate, found.low, found.high) == (2.0, 2.0, 2.0)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool])
+def test_tensors_are_samples(kind):
+    values = torch.tensor([1, 0, 1, 1]).to(kind)
+    plain = stats.t_interval([1, 0, 1, 1])
+    assert stats.t_interval(values) == stats.t_interval(list(values)) == plain
+    columns = stats.resampled_means(values[:, None], n_resamples=3)
+    assert np.array_equal(columns, stats.resampled_means(np.array([[1], [0], [1], [1]]), n_resamples=3))
+    if values.is_floating_point():
+        assert stats.t_interval(values.requires_grad_()) == plain
+
+
 def test_numpy_counts_and_seeds_are_numbers():
+    assert stats.fisher(5.0, 10, np.int64(2), 10) == stats.fisher(5, 10, 2, 10)
     assert stats.proportion(np.int64(3), np.int32(4)).estimate == 0.75
     assert stats.bootstrap([1.0, 2.0, 4.0], seed=np.int64(3)) == stats.bootstrap([1.0, 2.0, 4.0], seed=3)
 

@@ -340,6 +340,9 @@ THINKS = TEMPLATE + "{% if not enable_thinking | default(true) %}<think>\n\n</th
         (["a"], {"system": 5}, "system is no string"),
         (["a"], {"prefill": ["x"]}, "prefill is no string"),
         (["a"], {"thinking": "yes"}, "thinking must be True, False or None"),
+        (["a"], {"thinking": 1}, "thinking must be True, False or None, not 1"),
+        (["a"], {"plain": "x"}, "plain must be True or False, not 'x'"),
+        (["a"], {"plain": 1}, "plain must be True or False, not 1"),
     ],
 )
 def test_prompts_that_are_none_get_one_line(given, options, says):

@@ -3,6 +3,7 @@
 The data cards of the built-in sets are in `data/README.md`.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rim_core import hub
-from rim_core.checking import shown, whole
+from rim_core.checking import TwiceError, distinct_keys, shown, whole
 from rim_core.errors import InputError, first_line
 from rim_core.texts import ChatText, checked_one, listed, render, require_plain_words, tokenizer_of
 from rim_core.workspace import did_you_mean
@@ -209,14 +210,30 @@ def _from_file(path: Path) -> list[Prompt]:
     separator = FILE_SUFFIXES[path.suffix.lower()]
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
-            rows = list(_table(handle, path, separator) if separator else _json_lines(handle, path))
+            if separator:
+                with _long_fields():
+                    rows = list(_table(handle, path, separator))
+            else:
+                rows = list(_json_lines(handle, path))
     except UnicodeDecodeError as error:
+        from_it = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "ITS-ENCODING"
         raise InputError(
-            f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8, for example with `iconv -t utf-8`"
+            f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8, for example with "
+            f"`iconv -f {from_it} -t utf-8`"
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     return _from_rows(rows, str(path), path.stem)
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let `csv` read fields of any length meanwhile; by itself it stops at 131,072 characters."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _table(handle: Iterable[str], path: Path, separator: str) -> Iterator[_Row]:
@@ -232,6 +249,8 @@ def _table(handle: Iterable[str], path: Path, separator: str) -> Iterator[_Row]:
                 continue  # a blank line
             if header is None:
                 header = [name.strip() for name in fields]
+                if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
+                    raise InputError(f"{path} has the column {shown(twice[0])} twice: rename one of them")
                 continue
             number += 1
             if len(fields) != len(header):
@@ -269,7 +288,9 @@ def _json_lines(handle: Iterable[str], path: Path) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=distinct_keys)
+        except TwiceError as error:
+            raise InputError(f"{path} line {number} has {error} twice: name each key once") from None
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path} line {number} is not JSON ({error.msg}): one object a line is wanted"
@@ -458,8 +479,11 @@ def format_chat(
     for name, text in (("system", system), ("prefill", prefill)):
         if text is not None:
             checked_one(text, name, empty=True)
-    if thinking not in (None, True, False):
-        raise InputError(f"thinking must be True, False or None, not {thinking!r}")
+    # Not `in`: 1 and 0 equal True and False.
+    if thinking is not None and not isinstance(thinking, bool):
+        raise InputError(f"thinking must be True, False or None, not {shown(thinking)}")
+    if not isinstance(plain, bool):
+        raise InputError(f"plain must be True or False, not {shown(plain)}")
     extra = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
     _require_heard(tokenizer, system, thinking, extra)
     texts = []
