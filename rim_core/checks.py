@@ -162,9 +162,13 @@ def _decoding_error(hf: Any, ids: list[list[int]], alone: list[Tensor], pad: int
 def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:
     """How far the last logits of prompts on a shared beginning are from those of each prompt whole and alone.
 
-    The longer probe is the beginning, and the shorter one, whole and in part, what follows. Both paddings are tried.
+    The longer probe is the beginning, and the shorter one, whole and in part, what follows, as far as the context
+    goes. Both paddings are tried.
     """
     beginning, rest = max(ids, key=len), min(ids, key=len)
+    if (room := getattr(layout.body.config.get_text_config(), "max_position_embeddings", None)) is not None:
+        beginning = beginning[: room // 2]
+        rest = rest[: room - len(beginning)]
     prompts = [beginning + rest[: max(1, len(rest) // 3)], beginning + rest]
     # The shorter one is the beginning of the longer one too: one pass tells what both give alone.
     whole = layout.body(**pad_left(prompts[1:], pad, device), use_cache=False)[0][0]
