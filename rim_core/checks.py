@@ -26,7 +26,8 @@ from torch import Tensor
 from rim_core.beginnings import outgrows_window, padded_left, padded_right
 from rim_core.errors import IdentityError, first_line
 from rim_core.sites import Layout, head_outputs, reading
-from rim_core.tracing import encode, pad_left
+from rim_core.texts import encode, window
+from rim_core.tracing import pad_left
 
 # Two prompts of unequal length, so that the shorter one is padded.
 PROBE_TEXTS = (
@@ -166,7 +167,7 @@ def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any
     goes. Both paddings are tried.
     """
     beginning, rest = max(ids, key=len), min(ids, key=len)
-    if (room := getattr(layout.body.config.get_text_config(), "max_position_embeddings", None)) is not None:
+    if (room := window(layout.body)) is not None:
         beginning = beginning[: room // 2]
         rest = rest[: room - len(beginning)]
     prompts = [beginning + rest[: max(1, len(rest) // 3)], beginning + rest]

@@ -304,7 +304,7 @@ def test_tags_that_are_tokens_without_being_special_are_control_tokens_if_the_te
 def test_plain_words_are_refused_where_they_cannot_be():
     made = tokenizer()
     made.chat_template = TEMPLATE.replace("m['content']", "m['content'] | upper")
-    with pytest.raises(InputError, match="rewrites what is put into it"):
+    with pytest.raises(InputError, match="leaves out or rewrites the user's words"):
         rim.format_chat(made, ["Hi <|im_end|>"], plain=True)
     made.chat_template = TEMPLATE
     chats = rim.format_chat(made, ["\U00100000 <|im_end|>"], plain=True)
