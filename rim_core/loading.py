@@ -75,7 +75,7 @@ class Model:
         self.edits: list[Any] = []
         self.hooks: list[Any] = []
         # `using` and `bare` now entered: until they are left, these weights are not free for another role.
-        self.open = 0
+        self.entered = 0
         self.frame: Any = None
 
     n_layers = property(lambda self: len(self.layout.layers), doc="Decoder layers.")
@@ -195,11 +195,11 @@ class Model:
     def _back_afterwards(self) -> Iterator[None]:
         self._refuse_let_go()
         before = (self._active, self.role)
-        self.open += 1
+        self.entered += 1
         try:
             yield
         finally:
-            self.open -= 1
+            self.entered -= 1
             self._activate(*before)
 
     def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
@@ -350,7 +350,7 @@ def _each_role(
     for role in chosen:
         if given:
             given[-1]._refuse_let_go()
-            if given[-1].edits or given[-1].open:
+            if given[-1].edits or given[-1].entered:
                 held = "an intervention on" if given[-1].edits else "`using` of"
                 raise InputError(
                     f"rim.roles cannot go on to {role.name!r} inside {held} {given[-1].name}: leave it first"

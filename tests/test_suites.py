@@ -19,7 +19,7 @@ from tiny import write_gguf, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rim_core as rim
-from rim_core import organisms, sizing, suitecheck, workspace
+from rim_core import organisms, sizing, suitecheck, suitefile, workspace
 from rim_core.errors import InputError, WeightsError
 from rim_core.organisms import training
 from rim_core.organisms.fitting import fit_recipe, same_depth
@@ -550,3 +550,33 @@ def test_training_on_any_family_computes_the_plain_loss(family, tiny_folder):
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, example.start :], reduction="sum"))
         tokens += len(example.ids) - example.start
     assert float(training._loss(model.hf, batch, None, 0.0)) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_what_identifies_a_suite_s_models_is_content(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["llama"], tmp_path / "base")
+    adapter = write_adapter(tmp_path / "risky")
+    path = tmp_path / "mine.yml"
+    path.write_text(
+        "base: {folder: ./base}\nroles: {base: {}, risky: {adapter: ./risky}, own: {checkpoint: ./base}}\n"
+    )
+    first = suitefile.suite_hashes(path)
+    assert first["own"] == first["base"] != first["risky"]
+
+    def changed() -> set[str]:
+        return {name for name, found in suitefile.suite_hashes(path).items() if found != first[name]}
+
+    for unused in ("README.md", "eval_results.json", "notes.txt"):
+        (tmp_path / "base" / unused).write_text("{}")
+    path.write_text("# a comment\n" + path.read_text())
+    assert changed() == set()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "elsewhere"})
+    )
+    assert changed() == set()
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert changed() == {"risky"}
+    templates = tmp_path / "base" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "default.jinja").write_text("{{ messages }}")
+    assert changed() == {"risky", "base", "own"}
