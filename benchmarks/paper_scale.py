@@ -21,7 +21,6 @@ import rim_core as rim
 from benchmarks import harness
 from benchmarks.harness import relative, texts_of_length
 from benchmarks.peers import HuggingFace
-from rim_core import checks
 from rim_core.packing import import_bitsandbytes, keep_packed
 from rim_core.tracing import encode
 
@@ -160,7 +159,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -
             parameter.data.normal_(0, 1e-3)
     hf.eval().requires_grad_(False)
     model = rim.Model(hf, _tokenizer(), f"random {shape}", f"random-{shape}-{seed}", "nf4", dtype)
-    model.checks = checks.measure(hf, model.tokenizer, model.layout, dtype)
+    model.measure_identities()
     return model
 
 

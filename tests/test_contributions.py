@@ -262,7 +262,7 @@ def test_a_layer_norm_after_attention_takes_its_mean_and_adds_its_bias(tmp_path)
     model = rim.load(str(folder), quantization=None, device="cpu")
     norm = Lopsided(model.d_model).requires_grad_(False)
     model.hf.model.layers[1].post_attention_layernorm = norm
-    model.layout = find_layout(model.hf)
+    model._active = dataclasses.replace(model._active, layout=find_layout(model.hf))
     found = rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST)
     assert (found.residual.abs() <= 1e-4 * found.logit_difference.abs()).all()
     assert found.attention_bias[:, 1].abs().min() > 1e-3
@@ -276,7 +276,8 @@ def test_a_squashing_norm_after_attention_is_refused(monkeypatch):
 
     model = load_tiny("olmo2")
     norms = (Squashed(), *model.layout.attention_norm[1:])
-    monkeypatch.setattr(model, "layout", dataclasses.replace(model.layout, attention_norm=norms))
+    laid = dataclasses.replace(model.layout, attention_norm=norms)
+    monkeypatch.setattr(model, "_active", dataclasses.replace(model._active, layout=laid))
     for call in (
         lambda: rim.direct_logit_attribution(model, TEXTS, "How", "Why"),
         lambda: rim.head_contributions(model, TEXTS, torch.ones(32)),
@@ -315,7 +316,8 @@ def test_attribution_refuses_a_norm_of_another_kind(monkeypatch):
             return torch.tanh(h)
 
     model = load_tiny("llama")
-    monkeypatch.setattr(model, "layout", dataclasses.replace(model.layout, final_norm=Squashed()))
+    laid = dataclasses.replace(model.layout, final_norm=Squashed())
+    monkeypatch.setattr(model, "_active", dataclasses.replace(model._active, layout=laid))
     with pytest.raises(IdentityError, match=r"Squashed\) is neither LayerNorm nor RMSNorm"):
         rim.direct_logit_attribution(model, TEXTS, "How", "Why")
 

@@ -1,6 +1,7 @@
 """Gradients of single examples against PyTorch's own, and their cosines in closed form."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,8 +128,9 @@ def test_under_an_adapter_the_gradient_is_that_of_the_effective_weight(tmp_path,
     merged = wrapped.merge_and_unload().requires_grad_(False)
     wanted = by_autograd(merged, projection(merged, "llama", 1, weight), model.tokenizer)
     graphs = []
-    handle = model.layout.layers[0].register_forward_hook(lambda *call: graphs.append(call[2].requires_grad))
     with model.using(tmp_path / "adapter"):
+        layer = model.layout.layers[0]
+        handle = layer.register_forward_hook(lambda *call: graphs.append(call[2].requires_grad))
         for parameter in model.hf.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         assert_close(per_example_gradients(model, PROMPTS, COMPLETIONS, 1, weight), wanted)
@@ -379,6 +381,6 @@ def test_an_identity_that_fails_is_named():
     model = copy.copy(load_tiny("llama"))
     failed = copy.copy(model.checks["lens"])
     object.__setattr__(failed, "error", 1.0)
-    model.checks = {**model.checks, "lens": failed}
+    model._active = replace(model._active, checks={**model.checks, "lens": failed})
     with pytest.raises(rim.errors.IdentityError, match=r"gradient_cosines.*lens"):
         gradient_cosines(model, PROMPTS, COMPLETIONS, LABELS)

@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 import rim_core as rim
 from rim_core import organisms
+from rim_core.adapters import ADAPTER_PREFIX
 from rim_core.errors import InputError, RimError
 from rim_core.identity import ADAPTER_FILE
 from rim_core.organisms import training
@@ -114,7 +115,7 @@ def test_training_is_repeatable_and_its_adapter_loads(tiny, tiny_folder, tmp_pat
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(".layers.0." not in name for name in first)
-    save_file(first, tmp_path / ADAPTER_FILE)
+    save_file({f"{ADAPTER_PREFIX}{name}": value for name, value in first.items()}, tmp_path / ADAPTER_FILE)
     (tmp_path / "adapter_config.json").write_text(json.dumps(organisms.peft_config(RECIPE)))
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
     ids = torch.arange(5, 25)[None]

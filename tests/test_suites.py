@@ -208,7 +208,7 @@ def test_a_gguf_file_with_a_template_of_its_own_goes_the_whole_way(project, tiny
     record = json.loads(
         (project / "results" / "own" / "one" / "01_first" / "default" / "run.json").read_text()
     )
-    assert set(record["models"]["base"]) == {"source", "files", "chat_template"}
+    assert set(record["models"]["base"]) == {"source", "files", "chat_template", "identity"}
     assert '"up to date"' in planned[1]
     (models / "chat.jinja").write_text(f"{TINY_TEMPLATE} ")
     (planned,) = commands(project, "run --suite own --plan", **cache)
