@@ -5,6 +5,7 @@ import gc
 
 import torch
 from families import MODULES
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import rim_core as rim
@@ -29,6 +30,18 @@ def plain_model(folder, quantization=None, dtype=torch.float32, **options):
         folder, dtype=dtype, device_map="cpu", quantization_config=config, **options
     )
     return keep_packed(hf.eval())
+
+
+def write_lora(base, modules, folder):
+    """A LoRA adapter of rank 2 on these modules of a model in a folder, with weights that matter; gives its folder."""
+    torch.manual_seed(1)
+    peft = get_peft_model(plain_model(base), LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    peft.save_pretrained(folder)
+    return folder
 
 
 @contextlib.contextmanager

@@ -3,8 +3,17 @@
 import pytest
 import torch
 from families import FAMILIES, load_tiny, reference, sites_of
-from peft import LoraConfig, get_peft_model
-from plain import assert_close, generated, greedy, hooked, hooks, length, plain_model, some, tensors
+from plain import (
+    assert_close,
+    generated,
+    greedy,
+    hooked,
+    hooks,
+    length,
+    some,
+    tensors,
+    write_lora,
+)
 from tiny import TEXTS
 
 import rim_core as rim
@@ -200,15 +209,7 @@ def test_capture_under_an_edit_is_not_cached():
 @pytest.fixture(scope="module")
 def adapted(tiny_folder, tmp_path_factory):
     """A model of its own and an adapter that matters."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
-    peft = get_peft_model(plain_model(tiny_folder()), config)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.save_pretrained(folder)
+    folder = write_lora(tiny_folder(), ["o_proj", "down_proj"], tmp_path_factory.mktemp("adapter"))
     return rim.load(str(tiny_folder()), quantization=None, device="cpu"), folder
 
 

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from plain import plain_model
+from plain import plain_model, write_lora
 from tiny import TEXTS
 from transformers import AutoTokenizer
 
@@ -19,18 +18,7 @@ from rim_core.workspace import SUITES
 @pytest.fixture(scope="module")
 def adapter(tiny_folder, tmp_path_factory):
     """An adapter with weights that matter, on the tiny Llama."""
-    torch.manual_seed(1)
-    peft = get_peft_model(
-        plain_model(tiny_folder()),
-        LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.save_pretrained(folder)
-    return folder
+    return write_lora(tiny_folder(), ["q_proj", "o_proj", "down_proj"], tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gpt_neox", "gpt2"])

@@ -17,8 +17,7 @@ import tiny_project
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import modules
-from peft import LoraConfig, get_peft_model
-from plain import plain_model
+from plain import plain_model, write_lora
 from tiny import TEXTS
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -87,16 +86,7 @@ def test_what_is_pretended_repacks_and_changes_numbers(monkeypatch):
 @pytest.fixture(scope="module")
 def adapter(tiny_folder, tmp_path_factory):
     """An adapter with weights that matter, on the tiny Llama."""
-    torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    peft = get_peft_model(plain_model(tiny_folder()), config)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    peft.save_pretrained(folder)
-    return folder
+    return write_lora(tiny_folder(), ["q_proj", "down_proj"], tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
