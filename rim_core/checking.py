@@ -6,7 +6,7 @@ whole numbers are whole numbers here; truth values, fractions and numbers in quo
 
 import math
 import operator
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,15 +101,6 @@ def one_of(value: T, options: Collection[T], what: str) -> T:
     if not found:
         raise InputError(f"unknown {what} {shown(value)}: choose from {', '.join(map(str, options))}")
     return value
-
-
-def same_length(what: str, **named: Sized) -> int:
-    """Give the length that all of these have; raises InputError naming each length where they differ."""
-    lengths = {name: len(values) for name, values in named.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise InputError(f"{what}: lengths differ ({told}); give one for each")
-    return next(iter(lengths.values()))
 
 
 def number(

@@ -74,7 +74,7 @@ def file_hash(path: Path) -> str:
         known = dict(json.loads(memory.read_text(encoding="utf-8")).items())
     if key in known:
         return known[key]
-    found = _read(path)
+    found = sha256_file(path)
     with contextlib.suppress(OSError):  # a convenience only
         memory.parent.mkdir(parents=True, exist_ok=True)
         beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
@@ -83,7 +83,8 @@ def file_hash(path: Path) -> str:
     return found
 
 
-def _read(path: Path) -> str:
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, hex; read anew each time (see `file_hash`)."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -152,7 +153,7 @@ def libraries() -> Mapping[str, str]:
 
 def science() -> str:
     """Hash of the part of `rim_core` that measures, and of its prompt sets; not of what lists, runs and shows."""
-    return digest({name: _read(path) for name, path in _science(workspace.PACKAGE)})
+    return digest({name: sha256_file(path) for name, path in _science(workspace.PACKAGE)})
 
 
 def _science(package: Path) -> Iterable[tuple[str, Path]]:

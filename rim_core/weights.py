@@ -5,7 +5,6 @@ mirrors, proxies and local wheel folders work, and no address is written here.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -21,9 +20,9 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from rim_core.errors import WeightsError, first_line
+from rim_core.identity import sha256_file as sha256_file
 from rim_core.workspace import cache_dir
 
-_BLOCK = 1 << 20
 # Small, so that a connection that breaks off loses little of what had come.
 _CHUNK = 1 << 16
 # Bumped when the conversion below changes what it writes, so that older caches are converted again.
@@ -39,15 +38,6 @@ class WheelWeights:
     wheel_sha256: str
     gguf: str
     gguf_sha256: str
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def converted_folder(spec: WheelWeights) -> Path:

@@ -178,8 +178,8 @@ def test_a_file_is_hashed_again_only_after_a_change(tmp_path, monkeypatch):
     suite = tmp_path / "mine.yml"
     suite.write_text("base: {folder: model}\nroles:\n  base: {}\n")
     read_files = []
-    real = identity._read
-    monkeypatch.setattr(identity, "_read", lambda path: read_files.append(path) or real(path))
+    real = identity.sha256_file
+    monkeypatch.setattr(identity, "sha256_file", lambda path: read_files.append(path) or real(path))
     first = provenance.models(str(suite))
     assert provenance.models(str(suite)) == first
     assert len(read_files) == 1
