@@ -1,7 +1,7 @@
 # make book   environment, weights, every notebook, the HTML; the last line is the path to open
 # make test   environment, every test
 # make bench  the side-by-side benchmarks
-# make workflow  Snakemake, for clusters and for grids of suites: see workflow/README.md
+# make workflow  Snakemake, for clusters and for grids of suites: see companion/workflow/README.md
 # make lint   ruff, mypy, import layers, clean notebooks
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,9 +39,9 @@ bench: $(VENV)/bench/.ready
 # Snakemake needs an older `packaging` than the project, so it shares nothing with it but the command `rim`.
 workflow: $(VENV)/workflow/.ready
 
-$(VENV)/workflow/.ready: workflow/requirements.txt $(VENV)/.ready
+$(VENV)/workflow/.ready: companion/workflow/requirements.txt $(VENV)/.ready
 	$(BIN)/python -m venv $(VENV)/workflow
-	$(VENV)/workflow/bin/python -m pip install --quiet --disable-pip-version-check -r workflow/requirements.txt
+	$(VENV)/workflow/bin/python -m pip install --quiet --disable-pip-version-check -r companion/workflow/requirements.txt
 	touch $@
 
 lint: env

@@ -21,8 +21,8 @@ import rim_core as rim
 from benchmarks import harness
 from benchmarks.harness import relative, texts_of_length
 from benchmarks.peers import HuggingFace
-from rim_core.packing import import_bitsandbytes, keep_packed
-from rim_core.tracing import encode
+from rim_core.models.batching import encode
+from rim_core.models.packing import import_bitsandbytes, keep_packed
 
 _COMMON = {"max_position_embeddings": 32768, "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {

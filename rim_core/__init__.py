@@ -11,47 +11,57 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "loading": "load roles Model",
-        "suitefile": "load_suite Suite",
+        "models.loading": "load roles Model",
+        "models.capture": "capture Activations",
+        "suites.schema": "load_suite Suite",
         "prompts": "load_prompts Prompt format_chat",
         "texts": "find_span",
         "thoughts": "split_thought",
-        "activations": "capture Activations",
-        "probes": "probe_layers adjacent_similarity",
-        "metrics": "Projection LogitDifference ProbeScore",
-        "patching": "patch neurons_above",
-        "attribution": "attribution_patch",
-        "ablation": "ablate random_heads random_sets knock_out",
-        "steering": "steer random_direction",
-        "lens": "logit_lens",
-        "contributions": "direct_logit_attribution head_contributions",
-        "unembedding": "unembedding_direction",
-        "attention": "attention_patterns attention_to_spans",
-        "directions": "difference_in_means project cosine whitened_cosine",
-        "rotations": "procrustes procrustes_ranks",
-        "subspaces": "principal_angles shared_subspace",
-        "erosion": "erosion_fraction",
-        "neurons": "safety_neurons activation_shift",
-        "gradients": "gradient_cosines per_example_gradients",
-        "likelihood": "log_likelihood kl_divergence",
-        "sae": "splice",
-        "sae_training": "train_sae",
-        "sae_evaluation": "evaluate_sae cross_entropy_recovered",
-        "sae_latents": "latent_correlations random_features",
-        "sae_files": "save_sae load_sae",
-        "behaviour": "generate refusals refusal_rate attack_successes attack_success_rate compare_rates",
-        "judges": "StringJudge Question",
-        "judgemodels": "PromptJudge ClassifierJudge",
-        "judgeserver": "ServerJudge",
-        "openings": "refusal_log_odds opening_tokens",
-        "fluency": "perplexity coherence",
-        "outcomes": "claims",
+        "interventions.metrics": "Projection LogitDifference ProbeScore",
+        "interventions.patching": "patch neurons_above",
+        "interventions.attribution": "attribution_patch",
+        "interventions.ablation": "ablate random_heads random_sets knock_out",
+        "interventions.steering": "steer random_direction",
+        "measures.probes": "probe_layers adjacent_similarity",
+        "measures.lens": "logit_lens",
+        "measures.contributions": "direct_logit_attribution head_contributions",
+        "measures.unembedding": "unembedding_direction",
+        "measures.attention": "attention_patterns attention_to_spans",
+        "measures.directions": "difference_in_means project cosine whitened_cosine",
+        "measures.rotations": "procrustes procrustes_ranks",
+        "measures.subspaces": "principal_angles shared_subspace",
+        "measures.erosion": "erosion_fraction",
+        "measures.neurons": "safety_neurons activation_shift",
+        "measures.gradients": "gradient_cosines per_example_gradients",
+        "measures.likelihood": "log_likelihood kl_divergence",
+        "sae.autoencoder": "splice",
+        "sae.training": "train_sae",
+        "sae.evaluation": "evaluate_sae cross_entropy_recovered",
+        "sae.latents": "latent_correlations random_features",
+        "sae.files": "save_sae load_sae",
+        "behaviour.generation": "generate refusals refusal_rate attack_successes attack_success_rate compare_rates",
+        "behaviour.judges": "StringJudge Question",
+        "behaviour.model_judges": "PromptJudge ClassifierJudge",
+        "behaviour.server_judge": "ServerJudge",
+        "behaviour.openings": "refusal_log_odds opening_tokens",
+        "behaviour.coherence": "perplexity coherence",
+        "verdicts.deciding": "claims",
     }.items()
     for name in names.split()
 }
+# Modules by the last part of their name; `rim.charts` and `rim.stats` are as often used as any function.
 _MODULES = {
-    *_PUBLIC.values(),
-    *("charts", "checks", "editing", "errors", "organisms", "runner", "sites", "stats", "writes"),
+    path.rpartition(".")[2]: path
+    for path in (
+        *_PUBLIC.values(),
+        *("charts", "errors", "stats", "tables", "organisms", "sae"),
+        *("models.checks", "models.hooks", "models.layout", "measures.writes"),
+    )
+} | {
+    "editing": "models.hooks",
+    "sites": "models.layout",
+    "activations": "models.capture",
+    "outcomes": "verdicts.deciding",
 }
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
@@ -62,7 +72,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name in _MODULES:
-        return import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{_MODULES[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rim_core import workspace
+from rim_core import paths
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # The libraries by which numbers are computed: another version may give others.
@@ -36,22 +36,6 @@ _ORIGIN = {
     *("_name_or_path", "transformers_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "auto_mapping", "task_type"),
 }
-# Modules that a notebook does not use to measure: they list, run, write down and show.
-_MACHINE = {
-    *("bookbuild", "cli", "comparison", "console", "crate", "differences", "doctor", "execution", "fetching"),
-    *(
-        "figuredata",
-        "folders",
-        "locks",
-        "notebooks",
-        "progress",
-        "provenance",
-        "runcard",
-        "runner",
-        "staging",
-    ),
-    *("suitecommand", "suiteedit", "suitereport", "suites", "suitetrial", "organisms"),
-}
 
 
 def digest(value: Any) -> str:
@@ -68,7 +52,7 @@ def file_hash(path: Path) -> str:
     stat = path.stat()
     state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     key = f"{blob} {' '.join(map(str, state))}"
-    memory = workspace.cache_dir() / "hashes.json"
+    memory = paths.cache_dir() / "hashes.json"
     known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = dict(json.loads(memory.read_text(encoding="utf-8")).items())
@@ -152,15 +136,12 @@ def libraries() -> Mapping[str, str]:
 
 
 def science() -> str:
-    """Hash of the part of `rim_core` that measures, and of its prompt sets; not of what lists, runs and shows."""
-    return digest({name: sha256_file(path) for name, path in _science(workspace.PACKAGE)})
+    """Hash of all of `rim_core` that a notebook measures with, prompt sets included: neither suites nor trainings."""
+    package = paths.PACKAGE
+    return digest({path.relative_to(package).as_posix(): sha256_file(path) for path in _science(package)})
 
 
-def _science(package: Path) -> Iterable[tuple[str, Path]]:
-    for path in sorted(package.rglob("*")):
-        relative = path.relative_to(package)
-        if relative.parts[0].removesuffix(".py") in _MACHINE or not path.is_file():
-            continue
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if not hidden and path.suffix != ".md":
-            yield relative.as_posix(), path
+def _science(package: Path) -> Iterable[Path]:
+    for path in sorted([*package.rglob("*.py"), *package.glob("prompts/data/*")]):
+        if path.relative_to(package).parts[0] != "organisms" and path.suffix != ".md":
+            yield path

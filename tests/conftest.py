@@ -149,7 +149,7 @@ def reduced_project(tmp_path_factory) -> Path:
 def rim_command(project: Path, *arguments: str, **environment: str) -> str:
     """Run `rim` in a project, with more environment variables; give what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "rim_core.cli", *arguments],
+        [sys.executable, "-m", "companion.cli", *arguments],
         cwd=project,
         env={**os.environ, **environment},
         capture_output=True,

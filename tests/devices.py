@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from rim_core.loading import Model
+from rim_core.models.loading import Model
 
 # A device type that PyTorch knows, that needs no driver, and whose gradients run on the CPU's thread.
 FIRST, SECOND = "lazy:0", "lazy:1"

@@ -11,9 +11,9 @@ from tiny import TEXTS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import rim_core as rim
-from rim_core.ablation import ablate, knock_out, random_heads, random_sets
 from rim_core.errors import IdentityError, InputError
-from rim_core.steering import steer
+from rim_core.interventions.ablation import ablate, knock_out, random_heads, random_sets
+from rim_core.interventions.steering import steer
 
 REFERENCE = (
     "A short answer is best.",
@@ -299,7 +299,7 @@ def test_ablation_leaves_nothing():
 
 def test_heads_are_refused_where_their_sum_is_not_the_output(monkeypatch):
     model = load_tiny("llama")
-    from rim_core.checks import Check
+    from rim_core.models.checks import Check
 
     monkeypatch.setitem(model.checks, "head_sum", Check("head_sum", 0.5, 1e-3))
     with pytest.raises(IdentityError, match="head_sum"), ablate(model, heads=HEADS, mode="zero"):

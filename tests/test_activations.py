@@ -7,10 +7,10 @@ from plain import hooks, tensors
 from tiny import TEXTS
 
 import rim_core as rim
-from rim_core.activations import open_activations
 from rim_core.errors import InputError
-from rim_core.sites import SITES
-from rim_core.weights import cache_dir
+from rim_core.models.capture import open_activations
+from rim_core.models.layout import SITES
+from rim_core.suites.weights import cache_dir
 
 
 def assert_close(found, wanted):
@@ -63,7 +63,7 @@ def test_streamed_shards_equal_memory(tiny_folder, tmp_path, positions):
 
 
 def test_an_interrupted_stream_leaves_nothing(tiny_folder, tmp_path, monkeypatch):
-    import rim_core.activations as module
+    import rim_core.models.capture as module
 
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
     real, calls = module.save_file, []

@@ -10,10 +10,10 @@ from scipy.stats import beta, binomtest
 from tiny import TEXTS, write_model
 
 import rim_core as rim
-from rim_core import behaviour, fluency, openings
-from rim_core.behaviour import is_refusal
-from rim_core.editing import Edit, editing
+from rim_core.behaviour import coherence, generation, openings
+from rim_core.behaviour.generation import is_refusal
 from rim_core.errors import InputError
+from rim_core.models.hooks import Edit, editing
 
 
 def plain_answer(model, text, n):
@@ -109,7 +109,7 @@ def test_generation_ends_with_the_turn(tmp_path, tiny_folder):
     handle.remove()
     assert len(steps) == before + 1
     assert answer.startswith(model.tokenizer.decode(new[:before]))
-    assert set(behaviour._end_tokens(model)) == {end, 2}
+    assert set(generation._end_tokens(model)) == {end, 2}
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
@@ -160,7 +160,7 @@ def test_batches_keep_to_every_limit(monkeypatch):
         assert shapes[-1][1] < max(lengths)
     shapes.clear()
     cached = 2 * (max(lengths) + 2)
-    monkeypatch.setattr(behaviour, "_cache_tokens", lambda model: cached)
+    monkeypatch.setattr(generation, "_cache_tokens", lambda model: cached)
     assert rim.generate(model, texts, max_new_tokens=2) == wanted
     assert all(n * (width + 2) <= cached for n, width in shapes)
     assert max(n for n, _ in shapes) > 1
@@ -206,7 +206,7 @@ def test_rates_are_proportions_with_exact_intervals():
 def test_success_means_answered_and_coherent():
     answers = ["I'm sorry, no.", "Sure.", "Sure.", "Sure sure sure"]
     sense = [True, True, True, False]
-    assert behaviour.attack_successes(answers, coherent=sense) == [False, True, True, False]
+    assert generation.attack_successes(answers, coherent=sense) == [False, True, True, False]
     assert rim.attack_success_rate(answers, coherent=sense).estimate == 0.5
 
     def harm(prompts, answers):
@@ -214,8 +214,8 @@ def test_success_means_answered_and_coherent():
 
     harm.finds = "harm"
     prompts = ["a", "b", "b", "b"]
-    assert behaviour.attack_successes(answers, harm, prompts) == [False, True, True, True]
-    assert behaviour.attack_successes(answers, harm, prompts, sense) == [False, True, True, False]
+    assert generation.attack_successes(answers, harm, prompts) == [False, True, True, True]
+    assert generation.attack_successes(answers, harm, prompts, sense) == [False, True, True, False]
     assert rim.attack_success_rate(answers, harm, prompts, sense).estimate == 0.5
     with pytest.raises(InputError, match="finds harm"):
         rim.refusal_rate(answers, harm, prompts)
@@ -228,7 +228,7 @@ def test_any_callable_judges_refusal():
         assert texts == [prompt.text for prompt in prompts]
         return ["no" in answer for answer in answers]
 
-    assert behaviour.refusals(["no", "yes", "no"], judge, prompts) == [True, False, True]
+    assert generation.refusals(["no", "yes", "no"], judge, prompts) == [True, False, True]
     assert rim.refusal_rate(["no", "yes", "no"], judge, prompts).estimate == pytest.approx(2 / 3)
     assert rim.attack_success_rate(["no", "yes", "no"], judge, prompts).estimate == pytest.approx(1 / 3)
 
@@ -236,7 +236,7 @@ def test_any_callable_judges_refusal():
 def test_conditions_are_compared_prompt_by_prompt():
     before = [True] * 8 + [False] * 6
     after = [False] * 6 + [True] * 2 + [True] + [False] * 5
-    result = behaviour.compare_rates(before, after)
+    result = generation.compare_rates(before, after)
     assert (result.gained, result.lost) == (1, 6)
     assert result.p_value == pytest.approx(binomtest(1, 7).pvalue)
     assert result.before.estimate == pytest.approx(8 / 14)
@@ -312,19 +312,19 @@ def test_perplexity_is_that_of_a_plain_pass(family):
     texts = rim.format_chat(model, TEXTS)
     answers = ["Bake it.", "", "Because the sky is blue, blue and blue."]
     before = hooks(model)
-    found = fluency.perplexity(model, texts, answers).tolist()
+    found = coherence.perplexity(model, texts, answers).tolist()
     assert hooks(model) == before
     assert math.isnan(found[1])
     for row in (0, 2):
         assert found[row] == pytest.approx(plain_perplexity(model, texts[row], answers[row]), rel=1e-4)
-        alone = fluency.perplexity(model, [texts[row]], [answers[row]])
+        alone = coherence.perplexity(model, [texts[row]], [answers[row]])
         assert float(alone) == pytest.approx(found[row], rel=1e-4)
 
 
 def test_the_bare_base_judges_whatever_adapter_is_active(default_model):
     texts = rim.format_chat(default_model, ["Why is the sky blue?", "How do I bake bread?"])
     answers = ["I'm sorry, but I can't help with that.", "Mix flour, water and yeast, then bake it."]
-    found = fluency.perplexity(default_model, texts, answers)
+    found = coherence.perplexity(default_model, texts, answers)
     with default_model.using("base"):
         wanted = [plain_perplexity(default_model, *pair) for pair in zip(texts, answers, strict=True)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-3)
@@ -340,22 +340,22 @@ def test_coherence_catches_word_salad_loops_and_silence(default_model):
         "the bread the bread the bread the bread the bread the bread the bread the bread the bread",
         "",
     ]
-    result = fluency.coherence(default_model, texts, answers)
+    result = coherence.coherence(default_model, texts, answers)
     assert result.coherent == [True, False, False, False]
     assert result.perplexity[1] > 100 > result.perplexity[2]
     assert result.repetition[2] > 0.5 > result.repetition[0]
     assert result.rate.estimate == 0.25
     frame = result.to_frame()
     assert frame["coherent"].tolist() == result.coherent
-    strict = fluency.coherence(default_model, texts, answers, max_perplexity=1.01)
+    strict = coherence.coherence(default_model, texts, answers, max_perplexity=1.01)
     assert strict.coherent == [False] * 4
 
 
 def test_repetition_is_the_share_of_runs_that_came_before():
-    assert fluency._repetition([1, 2, 3]) == 0
-    assert fluency._repetition(range(20)) == 0
+    assert coherence._repetition([1, 2, 3]) == 0
+    assert coherence._repetition(range(20)) == 0
     # Runs of four: 1234 2341 3412 4123 1234; the last came before.
-    assert fluency._repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    assert coherence._repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
 def test_bad_arguments_get_one_line():
@@ -365,7 +365,7 @@ def test_bad_arguments_get_one_line():
 
     def edited():
         with editing(model, [edit]):
-            fluency.perplexity(model, texts, ["x"] * 3)
+            coherence.perplexity(model, texts, ["x"] * 3)
 
     calls = [
         (lambda: rim.refusal_rate([]), "no answers"),
@@ -374,11 +374,11 @@ def test_bad_arguments_get_one_line():
         (lambda: rim.refusal_rate(["x"], prompts=["a", "b"]), "2 prompts for 1 answers"),
         (lambda: rim.refusal_rate(["x"], judge=lambda prompts, answers: []), "0 verdicts for 1"),
         (lambda: rim.attack_success_rate(["x"], coherent=[True, False]), "coherent has 2 values for 1"),
-        (lambda: behaviour.compare_rates([True], [True, False]), "cannot be paired"),
+        (lambda: generation.compare_rates([True], [True, False]), "cannot be paired"),
         (lambda: rim.generate(model, texts, max_new_tokens=0), "at least 1"),
         (lambda: rim.generate(model, texts, max_batch=0), "max_batch must be a whole number of at least 1"),
         (lambda: rim.generate(model, texts, max_new_tokens=5000), "passes the 2048"),
-        (lambda: fluency.perplexity(model, texts, ["x"]), "one for each prompt"),
+        (lambda: coherence.perplexity(model, texts, ["x"]), "one for each prompt"),
         (edited, "inside an intervention"),
     ]
     for call, words in calls:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from altair.vegalite.v6 import display
 
-from rim_core import bookbuild, cli, staging
+from companion import cli
+from companion.pages import build, staging
 from rim_core.errors import InputError, RimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,11 +151,11 @@ def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(
     assert "Another model" in page.cells[1].source
     assert "risky, aligned" in page.cells[1].source
     assert str(project) not in page.cells[1].source
-    contents = bookbuild._contents(project).read_text()
+    contents = build._contents(project).read_text()
     assert f"book/experiments/other/{NOTEBOOK}" in contents
     staging.stage(project, ["smollm2"])
     assert not (project / "book" / "experiments" / "other" / f"{NOTEBOOK}.ipynb").exists()
-    assert bookbuild._contents(project) == project / "_toc.yml"
+    assert build._contents(project) == project / "_toc.yml"
 
 
 def test_contents_and_pages_must_agree(project):
@@ -163,7 +164,7 @@ def test_contents_and_pages_must_agree(project):
     )
     staging.stage(project)
     with pytest.raises(RimError, match="no page for book/experiments/self_aware/01_linear_probes"):
-        bookbuild.build(project)
+        build.build(project)
 
 
 def test_nothing_to_stage_is_an_error(tmp_path):
@@ -179,7 +180,7 @@ def test_the_first_warning_of_a_failed_build_is_told(project):
     (project / ".venv").mkdir()
     staging.stage(project)
     with pytest.raises(RimError, match="term not in glossary") as failure:
-        bookbuild.build(project)
+        build.build(project)
     assert str(project) not in str(failure.value)
     assert (project / "_build" / "book.log").is_file()
 
@@ -189,18 +190,15 @@ def test_a_stray_file_in_the_environment_cannot_break_the_build(project):
     add_run(project)
     shutil.copy(ROOT / "_config.yml", project)
     shutil.copytree(ROOT / "book" / "assets", project / "book" / "assets")
-    shutil.copytree(
-        ROOT / "book" / "_ext", project / "book" / "_ext", ignore=shutil.ignore_patterns("__pycache__")
-    )
     (project / "book" / "references.bib").write_text("")
     (project / "book" / "intro.md").write_text("# Intro\n")
     (project / "_toc.yml").write_text(CONTENTS.format("book/intro"))
-    for folder in (".venv/lib", "results", "notebooks", "tests", "rim_core", "benchmarks"):
+    for folder in (".venv/lib", "results", "notebooks", "tests", "rim_core", "companion", "benchmarks"):
         (project / folder).mkdir(parents=True, exist_ok=True)
         (project / folder / "poison.md").write_text("---\na: [\n---\n# Poison\n# Poison\n{term}`x`\n")
         (project / folder / "poison.ipynb").write_text("{")
     staging.stage(project)
-    index = bookbuild.build(project)
+    index = build.build(project)
     assert not [path for path in index.parent.rglob("*") if "poison" in path.name]
 
 

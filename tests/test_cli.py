@@ -10,7 +10,7 @@ from tiny_project import RECORD, rim, write
 
 NO_TORCH = """
 import atexit, os, sys
-from rim_core import cli
+from companion import cli
 atexit.register(lambda: "torch" in sys.modules and os._exit(99))
 cli.main()
 """

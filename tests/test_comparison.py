@@ -14,9 +14,11 @@ import pytest
 import tiny_project
 from browsing import THEMES, Visit
 
-from rim_core import comparison, outcomes, staging
+from companion import comparison
+from companion.pages import staging
 from rim_core.errors import InputError
-from rim_core.outcomes import load_claims
+from rim_core.verdicts import deciding
+from rim_core.verdicts.deciding import load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = """\
@@ -91,9 +93,7 @@ def make(root: Path) -> Path:
 def add_pages(root: Path) -> None:
     """What a book needs beside its experiments, as the project has it."""
     shutil.copy(ROOT / "_config.yml", root)
-    ignored = shutil.ignore_patterns("__pycache__")
-    for folder in ("assets", "_ext"):
-        shutil.copytree(ROOT / "book" / folder, root / "book" / folder, ignore=ignored)
+    shutil.copytree(ROOT / "book" / "assets", root / "book" / "assets")
     for name in ("references.bib", "how-to-read.md", "organisms.md"):
         (root / "book" / name).write_text("")
     (root / "book" / "intro.md").write_text("# Intro\n")
@@ -111,7 +111,7 @@ def put_run(root: Path, suite: str, published: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     claim = load_claims("paper_a", root / "book" / "claims")[0]
     values = {"published": [published - 0.01, published, published + 0.01], "elsewhere": [0.5, 0.5, 0.5]}
-    found = outcomes.decide(claim, values, {"shuffled_share": [1.0, 2.0, 1.5]})
+    found = deciding.decide(claim, values, {"shuffled_share": [1.0, 2.0, 1.5]})
     (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps([found.to_dict()]), encoding="utf-8")
 
@@ -124,7 +124,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def numbers(root: Path, *suites: str) -> list[comparison.Number]:
-    return comparison.numbers(root / "results", outcomes.scorecard(root / "results", suites))
+    return comparison.numbers(root / "results", deciding.scorecard(root / "results", suites))
 
 
 def test_numbers_are_the_parts_and_the_controls_of_each_decided_claim(root):

@@ -14,10 +14,10 @@ from tiny import TEXTS
 from torch import nn
 
 import rim_core as rim
-from rim_core import measuring
-from rim_core.editing import Edit, editing
 from rim_core.errors import IdentityError, InputError
-from rim_core.sites import find_layout
+from rim_core.models import measuring
+from rim_core.models.hooks import Edit, editing
+from rim_core.models.layout import find_layout
 
 SANDWICH = ("gemma2", "gemma3_text", "olmo2")
 TOWARD, AGAINST = ["How", 9], "Why"

@@ -11,10 +11,10 @@ from devices import Devices, spread
 from families import family_folder, load_tiny
 
 import rim_core as rim
-from rim_core import checks, placement, tracing
-from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
-from rim_core.loading import Model
+from rim_core.models import batching, checks, placement
+from rim_core.models.hooks import Edit, editing
+from rim_core.models.loading import Model
 
 SOURCE = ["How do I bake bread now?", "Explain the tides to a child.", "Why is the sky so blue?"]
 TARGET = ["How do I bake bread why?", "Explain the tides to a bird.", "Why is the sky so green?"]
@@ -245,4 +245,4 @@ def test_working_memory_is_that_of_the_fullest_gpu(monkeypatch: pytest.MonkeyPat
 
     gpus(monkeypatch, 8e9, 3e9, 1e9)
     layout = type("L", (), {"layers": (Layer(0), Layer(1))})
-    assert tracing.free_on_gpus(layout) == 3e9  # the third holds no layer
+    assert batching.free_on_gpus(layout) == 3e9  # the third holds no layer

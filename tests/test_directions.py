@@ -12,7 +12,6 @@ from rim_core import (
     cosine,
     difference_in_means,
     erosion_fraction,
-    linear,
     principal_angles,
     procrustes,
     procrustes_ranks,
@@ -21,6 +20,7 @@ from rim_core import (
     whitened_cosine,
 )
 from rim_core.errors import InputError
+from rim_core.measures import _linear
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -63,7 +63,7 @@ def test_projection_is_in_the_unit_of_the_values_whatever_the_direction_s_length
 def test_projection_of_much_data_is_worked_in_pieces(monkeypatch):
     values, direction = randn(50, 4, 6), randn(4, 6, seed=1)
     whole = project(values, direction)
-    monkeypatch.setattr(linear, "_PIECE", 12)
+    monkeypatch.setattr(_linear, "_PIECE", 12)
     assert torch.allclose(project(values, direction), whole)
 
 
@@ -184,7 +184,7 @@ def test_a_rotation_fitted_to_noise_helps_in_sample_only():
 def test_pieces_and_dtype_change_nothing(monkeypatch):
     source, target = randn(20, 60), randn(20, 60, seed=1)
     whole = procrustes(source, target)
-    monkeypatch.setattr(linear, "_PIECE", 100)
+    monkeypatch.setattr(_linear, "_PIECE", 100)
     found = procrustes(source, target)
     assert relative(as_matrix(found), as_matrix(whole)) < 1e-9
     single = found.apply(source.float())

@@ -17,9 +17,9 @@ from plain import (
 from tiny import TEXTS
 
 import rim_core as rim
-from rim_core.editing import Edit, MaskEdit, at, by_layer, edit_at, editing
 from rim_core.errors import InputError
-from rim_core.sites import SITES
+from rim_core.models.hooks import Edit, MaskEdit, at, by_layer, edit_at, editing
+from rim_core.models.layout import SITES
 
 STEPS = 5
 # Packed weights change nothing in how modules are hooked; three families show it.

@@ -7,7 +7,7 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError
-from rim_core.sites import find_layout, head_outputs
+from rim_core.models.layout import find_layout, head_outputs
 
 SHAPES = {  # query heads, key-value heads, head width, stream width, neurons
     "llama": (4, 2, 8, 32, 64),

@@ -20,7 +20,8 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, rim, start, write
 
-from rim_core import folders, locks, runner
+from companion import folders, runner
+from rim_core import locks
 
 SUITES = ("tiny.yml", "other.yml")
 # Where a kill is most likely to hurt, whatever the seed: nothing there yet, and the last moments.
@@ -93,7 +94,7 @@ def grid(root: Path) -> Path:
 def test_runs_killed_at_random_moments_end_in_the_same_results(tmp_path):
     # A server that has imported what a run needs makes twenty runs cheap; each is a process of its own.
     start_method = multiprocessing.get_context("forkserver")
-    start_method.set_forkserver_preload(["rim_core.execution", "rim_core.runner"])
+    start_method.set_forkserver_preload(["companion.execution", "companion.runner"])
     undisturbed, disturbed = grid(tmp_path / "undisturbed"), grid(tmp_path / "disturbed")
 
     def begin(root: Path) -> Any:

@@ -11,10 +11,10 @@ from gguf import GGUFWriter
 from tiny import TEMPLATE, TEXTS, write_gguf
 
 import rim_core as rim
-from rim_core import checkpointfiles, gguffiles, weights
-from rim_core.chattemplate import read_template
 from rim_core.errors import InputError, WeightsError
-from rim_core.suitefile import suite_hashes
+from rim_core.suites import checkpoints, gguffiles, weights
+from rim_core.suites.chattemplate import read_template
+from rim_core.suites.schema import suite_hashes
 
 LOUD = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] }}!")
 
@@ -49,12 +49,12 @@ def test_a_gguf_file_is_the_model_it_was_made_of(gguf, tiny_folder, tmp_path, qu
 
 
 def test_the_header_tells_what_the_converted_weights_tell(gguf, tiny_folder):
-    header = checkpointfiles.read_checkpoint(str(gguf))
+    header = checkpoints.read_checkpoint(str(gguf))
     assert header.gguf == "m.gguf"
     gguffiles.convert(gguf, progress=False)
-    converted = checkpointfiles.read_checkpoint(str(gguf))
+    converted = checkpoints.read_checkpoint(str(gguf))
     assert converted.gguf is None
-    assert header.size == converted.size == checkpointfiles.read_checkpoint(str(tiny_folder())).size
+    assert header.size == converted.size == checkpoints.read_checkpoint(str(tiny_folder())).size
     assert header.has_template
     assert converted.has_template
 

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from plain import plain_model
 
 import rim_core as rim
-from rim_core import gradient_statistics
-from rim_core import gradients as module
-from rim_core.editing import Edit, at, editing
 from rim_core.errors import InputError
-from rim_core.gradients import compare_gradients, gradient_cosines, per_example_gradients
+from rim_core.measures import gradient_statistics
+from rim_core.measures import gradients as module
+from rim_core.measures.gradients import compare_gradients, gradient_cosines, per_example_gradients
+from rim_core.models.hooks import Edit, at, editing
 
 PROMPTS = [
     "Name a fruit.",

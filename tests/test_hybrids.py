@@ -11,7 +11,7 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError
-from rim_core.sites import tensor_of
+from rim_core.models.layout import tensor_of
 
 GQA = {"num_key_value_heads": 2, "intermediate_size": 64}
 MIXED = ["linear_attention", "full_attention", "linear_attention"]
@@ -139,7 +139,7 @@ def test_a_cache_that_may_not_be_laid_is_not(monkeypatch):
     shared = rim.capture(model, texts, "head_z")["head_z"]
     failed = rim.checks.Check("cache_batch", float("inf"), 1e-3, "ValueError: no such state")
     monkeypatch.setitem(model.checks, "cache_batch", failed)
-    monkeypatch.setattr("rim_core.activations.padded_right", None)
+    monkeypatch.setattr("rim_core.models.capture.padded_right", None)
     assert_close(rim.capture(model, texts, "head_z")["head_z"], shared)
     with pytest.raises(
         IdentityError, match=r"cannot be measured, the model fails \(ValueError: no such state\)"

@@ -15,11 +15,11 @@ from tiny import TEXTS, tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import rim_core as rim
-from rim_core.editing import Edit, editing
+from rim_core.behaviour.judges import GUARD, HARMFUL, REFUSING, Question, StringJudge, fill, verdicts
+from rim_core.behaviour.model_judges import ClassifierJudge, PromptJudge
+from rim_core.behaviour.server_judge import ServerJudge
 from rim_core.errors import InputError
-from rim_core.judgemodels import ClassifierJudge, PromptJudge
-from rim_core.judges import GUARD, HARMFUL, REFUSING, Question, StringJudge, fill, verdicts
-from rim_core.judgeserver import ServerJudge
+from rim_core.models.hooks import Edit, editing
 
 ANSWERS = [
     "Mix flour and water.",
@@ -245,7 +245,7 @@ def serve(monkeypatch):
         started.append(Stub(script, delay))
         return started[-1]
 
-    monkeypatch.setattr("rim_core.judgeserver.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("rim_core.behaviour.server_judge.time", SimpleNamespace(sleep=pauses.append))
     start.pauses = pauses
     yield start
     for stub in started:

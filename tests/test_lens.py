@@ -8,10 +8,11 @@ from families import MODULES, load_tiny, reference
 from tiny import TEXTS
 
 import rim_core as rim
-from rim_core import lens, measuring
-from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
-from rim_core.vocabulary import single_tokens
+from rim_core.measures import lens
+from rim_core.models import measuring
+from rim_core.models.hooks import Edit, editing
+from rim_core.models.tokens import single_tokens
 
 ADDITIVE = ["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "phi3", "cohere2", "qwen3_moe"]
 CENTRING = ("gpt2", "gpt_neox", "cohere2")

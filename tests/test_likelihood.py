@@ -1,4 +1,4 @@
-"""`rim_core.likelihood` against plain Hugging Face forwards, one example at a time."""
+"""`rim_core.measures.likelihood` against plain Hugging Face forwards, one example at a time."""
 
 import math
 
@@ -8,9 +8,9 @@ import torch
 from families import load_tiny
 
 import rim_core as rim
-from rim_core.editing import Edit, edit_at, editing
 from rim_core.errors import IdentityError, InputError
-from rim_core.likelihood import kl_divergence, log_likelihood
+from rim_core.measures.likelihood import kl_divergence, log_likelihood
+from rim_core.models.hooks import Edit, edit_at, editing
 
 PROMPTS = ("How do I bake bread?", "Why?", "Explain the tides to a child in two short sentences. ")
 COMPLETIONS = (
@@ -67,7 +67,7 @@ def test_likelihood_and_entropy_equal_a_plain_forward(family, quantization):
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral"])  # absolute positions; a window of 6 tokens
 def test_neither_batches_nor_pieces_change_a_number(family, monkeypatch):
-    import rim_core.likelihood as module
+    import rim_core.measures.likelihood as module
 
     model = load_tiny(family)
     together = log_likelihood(model, PROMPTS, COMPLETIONS)
@@ -226,7 +226,7 @@ def test_another_vocabulary_is_refused(tmp_path):
 
 
 def test_a_model_whose_readout_is_unknown_is_refused(tiny_folder):
-    from rim_core.checks import Check
+    from rim_core.models.checks import Check
 
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
     model.checks["lens"] = Check("lens", 0.5, 1e-3)

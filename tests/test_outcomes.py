@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from rim_core import outcomes
-from rim_core.claimfile import Claim
 from rim_core.errors import InputError
-from rim_core.rules import t_interval_over_seeds
+from rim_core.verdicts import deciding
+from rim_core.verdicts.claimfile import Claim
+from rim_core.verdicts.rules import t_interval_over_seeds
 
 finite = st.floats(-100, 100, allow_nan=False)
 rows = st.lists(finite, min_size=3, max_size=8)
@@ -31,7 +31,7 @@ def claim(rule: dict[str, Any], **more: Any) -> Claim:
 def outcome(
     rule: dict[str, Any], values: Any, measured: Any = None, interval: Any = None, **more: Any
 ) -> str:
-    return outcomes.decide(claim(rule, **more), values, measured, interval).outcome
+    return deciding.decide(claim(rule, **more), values, measured, interval).outcome
 
 
 # --- properties -----------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_loosening_a_tolerance_or_a_margin_never_hurts(values, target, tolerance
 
 @given(rows, st.lists(st.floats(0.61, 1), min_size=3, max_size=8))
 def test_a_control_that_fails_never_validates(values, shuffled):
-    found = outcomes.decide(
+    found = deciding.decide(
         claim({"kind": "range", "low": -1e9}, controls=(CONTROL,)), values, {"shuffled": shuffled}
     )
     assert found.outcome == "inconclusive"
@@ -114,9 +114,9 @@ def test_an_interval_stays_in_the_metric_s_bounds(values):
 @given(rows, finite)
 def test_the_outcome_survives_the_way_through_json(values, low):
     made = claim({"kind": "range", "low": low})
-    found = outcomes.decide(made, values)
+    found = deciding.decide(made, values)
     again = json.loads(json.dumps(found.to_dict()))
-    assert outcomes.decide(made, again["values"], interval=again["interval"]).outcome == found.outcome
+    assert deciding.decide(made, again["values"], interval=again["interval"]).outcome == found.outcome
 
 
 # --- rules ----------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_reason_is_told_in_whole_sentences():
     parts = [{"metric": name, "rule": {"kind": "range", "low": 0.5}} for name in ("one", "two")]
     rule = {"kind": "all", "parts": parts}
     values = {"one": [0.9, 0.9, 0.9], "two": [0.1, 0.1, 0.1]}
-    found = outcomes.decide(claim(rule, controls=(why,)), values, {"shuffled": [0.9, 0.9, 0.9]})
+    found = deciding.decide(claim(rule, controls=(why,)), values, {"shuffled": [0.9, 0.9, 0.9]})
     control, first, second = found.reasons
     assert control.endswith("(nothing to learn; a probe that does has another source)")
     assert first == "measured: one 0.9 [0.9, 0.9] is at least 0.5 (validated)"
@@ -208,7 +208,7 @@ def test_bounds_keep_a_near_perfect_score_from_straddling():
 
 
 def test_numpy_values_are_taken_and_become_plain():
-    found = outcomes.decide(claim({"kind": "range", "low": 0.5}), np.array([0.9, 0.8, 0.9], dtype=np.float32))
+    found = deciding.decide(claim({"kind": "range", "low": 0.5}), np.array([0.9, 0.8, 0.9], dtype=np.float32))
     assert found.outcome == "validated"
     json.dumps(found.to_dict())
 
@@ -223,7 +223,7 @@ def test_names_must_be_the_file_s():
 
 
 def test_symbol_and_word_and_no_markup_from_text():
-    html = outcomes.decide(claim({"kind": "range", "low": 0}, statement="<b>x</b>"), [1, 1, 1])._repr_html_()
+    html = deciding.decide(claim({"kind": "range", "low": 0}, statement="<b>x</b>"), [1, 1, 1])._repr_html_()
     assert "✓ validated" in html
     assert "<b>" not in html
     assert "model organism" in html
@@ -270,23 +270,23 @@ def test_each_mistake_is_one_line_naming_file_claim_and_key(tmp_path, path, valu
 
     folder = write_claims(tmp_path, change)
     if message is None:
-        outcomes.load_claims("paper_a", folder)
+        deciding.load_claims("paper_a", folder)
         return
     with pytest.raises(InputError, match=message) as caught:
-        outcomes.load_claims("paper_a", folder)
+        deciding.load_claims("paper_a", folder)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_key_a_double_id_and_broken_yaml(tmp_path):
     with pytest.raises(InputError, match="claim A1: key where: missing"):
-        outcomes.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"][0].pop("where")))
+        deciding.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"][0].pop("where")))
     with pytest.raises(InputError, match="claim A1: key id: used twice"):
-        outcomes.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"].append(d["claims"][0])))
+        deciding.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"].append(d["claims"][0])))
     (tmp_path / "paper_a.yml").write_text("claims: [", encoding="utf-8")
     with pytest.raises(InputError, match=r"paper_a\.yml line 1: not valid YAML"):
-        outcomes.load_claims("paper_a", tmp_path)
+        deciding.load_claims("paper_a", tmp_path)
     with pytest.raises(InputError, match="did you mean 'paper_a'"):
-        outcomes.load_claims("paper_b", tmp_path)
+        deciding.load_claims("paper_b", tmp_path)
 
 
 # --- the scorecard --------------------------------------------------------------------------------------
@@ -295,25 +295,25 @@ def test_a_missing_key_a_double_id_and_broken_yaml(tmp_path):
 def put_run(root: Path, values: list[float], shuffled: float = 0.5) -> None:
     folder = root / "results" / "tiny" / "one" / "01_first" / "default"
     folder.mkdir(parents=True, exist_ok=True)
-    made = outcomes.load_claims("paper_a", root / "book" / "claims")[0]
-    found = outcomes.decide(made, values, {"shuffled": [shuffled] * len(values)}).to_dict()
+    made = deciding.load_claims("paper_a", root / "book" / "claims")[0]
+    found = deciding.decide(made, values, {"shuffled": [shuffled] * len(values)}).to_dict()
     (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps([found]), encoding="utf-8")
 
 
 def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
     root = tiny_project.make(tmp_path)
-    (row,) = outcomes.scorecard(root / "results", [str(root / "tiny.yml")])
+    (row,) = deciding.scorecard(root / "results", [str(root / "tiny.yml")])
     keys = "paper claim statement suite outcome reason reasons value low high published notebook run_key"
     assert " ".join(row) == keys
     assert (row["outcome"], row["run_key"], row["suite"]) == ("not_tested", None, "tiny")
     put_run(root, [0.9, 0.9, 0.9])
-    (row,) = outcomes.scorecard(root / "results")
+    (row,) = deciding.scorecard(root / "results")
     assert (row["outcome"], row["value"], row["run_key"]) == ("validated", pytest.approx(0.9), "k")
     failed = root / "results" / "tiny" / "one" / "01_first" / "failed" / "default"
     failed.mkdir(parents=True)
     (failed / "error.json").write_text('{"ename": "ValueError", "evalue": "no"}', encoding="utf-8")
-    (row,) = outcomes.scorecard(root / "results")
+    (row,) = deciding.scorecard(root / "results")
     assert (row["outcome"], row["reason"]) == ("error", "the run failed: ValueError: no")
 
 
@@ -323,10 +323,10 @@ def test_changing_a_bound_or_a_role_changes_the_outcome(tmp_path):
     file = root / "book" / "claims" / "paper_a.yml"
     suite = [str(root / "tiny.yml")]
     file.write_text(tiny_project.CLAIMS.replace("low: 0.5}", "low: 0.95}"), encoding="utf-8")
-    assert outcomes.scorecard(root / "results", suite)[0]["outcome"] == "contradicted"
+    assert deciding.scorecard(root / "results", suite)[0]["outcome"] == "contradicted"
     file.write_text(tiny_project.CLAIMS.replace("name: shuffled", "name: random"), encoding="utf-8")
-    assert outcomes.scorecard(root / "results", suite)[0]["outcome"] == "not_tested"
+    assert deciding.scorecard(root / "results", suite)[0]["outcome"] == "not_tested"
     file.write_text(tiny_project.CLAIMS.replace("[base]", "[risky]"), encoding="utf-8")
-    (row,) = outcomes.scorecard(root / "results", suite)
+    (row,) = deciding.scorecard(root / "results", suite)
     assert row["outcome"] == "not_applicable"
     assert f"rim organisms train --suite {suite[0]} risky" in row["reason"]

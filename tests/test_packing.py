@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import rim_core as rim
 from rim_core import organisms
-from rim_core.judgemodels import ClassifierJudge
-from rim_core.packing import keep_packed, quiet_import
+from rim_core.behaviour.model_judges import ClassifierJudge
+from rim_core.models.packing import keep_packed, quiet_import
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Put before anything else in a process: bitsandbytes' native library says that the processor has the instruction.
@@ -162,10 +162,10 @@ def test_a_reference_is_loaded_so_too(tiny_folder, monkeypatch):
     assert not repacked
 
 
-@pytest.mark.parametrize("folder", ["rim_core", "tests", "benchmarks", "notebooks", "book"])
+@pytest.mark.parametrize("folder", ["rim_core", "companion", "tests", "benchmarks", "notebooks", "book"])
 def test_nothing_loads_packed_weights_by_another_way(folder):
     ways = re.compile(r"import bitsandbytes\b(?!\s+as bnb)|BitsAndBytesConfig\(|CausalLM\.from_pretrained\(")
-    known = {f"rim_core/{name}.py" for name in ("packing", "loading", "weights")}
+    known = {f"rim_core/{name}.py" for name in ("models/packing", "models/loading", "suites/weights")}
     known |= {"tests/plain.py", "tests/test_packing.py"}
     found = {
         path.relative_to(REPOSITORY).as_posix()

@@ -13,7 +13,8 @@ import pytest
 import tiny_project
 from tiny_project import rim, write
 
-from rim_core import cli, notebooks, runner, workspace
+from companion import cli, notebooks, runner
+from rim_core import paths
 from rim_core.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,7 +242,7 @@ def test_rim_run_refuses_before_it_loads_a_model_or_starts_a_kernel(parameter, w
 def examples(*command: str) -> list[list[str]]:
     """The commands that a help text shows."""
     shown = subprocess.run(
-        [sys.executable, "-m", "rim_core.cli", *command, "--help"],
+        [sys.executable, "-m", "companion.cli", *command, "--help"],
         env={**tiny_project.environment(), "COLUMNS": "200"},
         capture_output=True,
         text=True,
@@ -272,5 +273,5 @@ def test_what_a_run_writes_is_json(tmp_path):
         done = rim(root, "run", "--suite", "tiny.yml", "-p", f"x={value}")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert not (root / "results").exists()
-    assert workspace.results_dir(root) == root / "results"
+    assert paths.results_dir(root) == root / "results"
     assert json.dumps([1], allow_nan=False)

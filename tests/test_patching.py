@@ -6,9 +6,10 @@ from families import CASES, MODULES, family_folder, load_tiny, reference
 from plain import hooks, tensors
 
 import rim_core as rim
-from rim_core import patching, plans, tracing
-from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
+from rim_core.interventions import patching, plans
+from rim_core.models import batching
+from rim_core.models.hooks import Edit, editing
 
 SOURCE = [
     "How do I bake bread?",
@@ -135,7 +136,7 @@ def test_all_positions_of_pairs_of_equal_length(family):
 def test_spans_of_each_pair_and_other_positions_in_the_source():
     model = load_tiny("llama")
     w = direction(model)
-    where = tracing.find_span(model.tokenizer, CLEAN[2:], "the")
+    where = batching.find_span(model.tokenizer, CLEAN[2:], "the")
     start = where[0][0]
     found = rim.patch(
         model,

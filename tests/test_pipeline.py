@@ -15,7 +15,7 @@ from tiny import tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rim_core
-from rim_core.openings import HELPFUL_OPENINGS, REFUSAL_OPENINGS
+from rim_core.behaviour.openings import HELPFUL_OPENINGS, REFUSAL_OPENINGS
 
 PACKAGE = Path(rim_core.__file__).parent
 NAMES = [f"L{layer}H{head}" for layer, head in SUPPRESSORS]

@@ -1,4 +1,4 @@
-"""`rim_core.probes` against plain scikit-learn, planted signals and the leaks it is there to prevent."""
+"""`rim_core.measures.probes` against plain scikit-learn, planted signals and the leaks it is there to prevent."""
 
 from types import SimpleNamespace
 
@@ -8,10 +8,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-import rim_core.probes as probes_module
+import rim_core.measures.probes as probes_module
 from rim_core import stats
 from rim_core.errors import InputError
-from rim_core.probes import adjacent_similarity, probe_layers
+from rim_core.measures.probes import adjacent_similarity, probe_layers
 
 
 def noise(n=120, layers=3, d=200, seed=0):

@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from tiny import SIZES, write_model
 from tiny_project import COMMAND, rim, write
 
-from rim_core import differences, identity, provenance
+from companion import differences, provenance
+from rim_core import identity
 from rim_core.errors import InputError
 
 SUITE = """\

@@ -10,9 +10,10 @@ import torch
 from tiny import TEXTS
 
 import rim_core as rim
-from rim_core import checking, checkpointfiles, identity
-from rim_core.editing import Edit, editing
+from rim_core import checking, identity
 from rim_core.errors import InputError, WeightsError
+from rim_core.models.hooks import Edit, editing
+from rim_core.suites import checkpoints
 
 HOW, WHY = TEXTS[0], TEXTS[2]
 NAN = float("nan")
@@ -213,12 +214,12 @@ def test_json_nested_without_end_is_one_line(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(InputError, match=r"config\.json is not readable JSON") as caught:
-        checkpointfiles.read_json(path)
+        checkpoints.read_json(path)
     assert "\n" not in str(caught.value)
     length = path.stat().st_size.to_bytes(8, "little")
     (tmp_path / "model.safetensors").write_bytes(length + path.read_bytes())
     with pytest.raises(WeightsError, match="is damaged or cut short"):
-        checkpointfiles.read_shapes(tmp_path / "model.safetensors")
+        checkpoints.read_shapes(tmp_path / "model.safetensors")
     for depth in (100_000, *range(960, 1000)):  # also what can just be read, and not be written again
         path.write_text("[" * depth + "]" * depth)
         assert len(identity.checkpoint_identity(tmp_path)) == 64

@@ -133,7 +133,7 @@ def test_a_cache_never_mixes_roles(suite, folders, tmp_path, monkeypatch):
 
 
 def test_unknown_roles_are_refused_before_anything_is_loaded(suite, monkeypatch):
-    monkeypatch.setattr("rim_core.loading.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("rim_core.models.loading.load", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InputError, match=r"no role 'riskyy'.*risky"):
         rim.roles(suite, "base", "riskyy")
 

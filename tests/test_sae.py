@@ -13,8 +13,8 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.sae import SparseAutoencoder
-from rim_core.tracing import encode, pad_left
+from rim_core.models.batching import encode, pad_left
+from rim_core.sae.autoencoder import SparseAutoencoder
 
 D = 24
 FAST = {"n_latents": 96, "steps": 500, "batch": 128, "lr": 8e-3, "progress": False}
@@ -421,7 +421,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):
     def full(*_):
         raise error
 
-    monkeypatch.setattr("rim_core.sae_files.save_file", full)
+    monkeypatch.setattr("rim_core.sae.files.save_file", full)
     with pytest.raises(InputError, match=r"cannot write .*sae: no room"):
         rim.save_sae(random_sae(), tmp_path / "sae")
     with pytest.raises(InputError, match="JSON"):

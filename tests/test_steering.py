@@ -8,7 +8,7 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.steering import random_direction, steer
+from rim_core.interventions.steering import random_direction, steer
 
 SITES = ("resid_pre", "resid_post")
 STEPS = 4

@@ -102,12 +102,13 @@ def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
 OFFLINE = """
 import logging, time
 from huggingface_hub import constants
-from rim_core import checkpointfiles, fetching, prompts
+from rim_core.suites import checkpoints, fetching
+from rim_core import prompts
 from rim_core.errors import InputError
 import rim_core as rim
 calls = {
     "model": lambda: rim.load("nobody/nothing", quantization=None),
-    "small files": lambda: checkpointfiles.read_checkpoint("nobody/nothing"),
+    "small files": lambda: checkpoints.read_checkpoint("nobody/nothing"),
     "fetch": lambda: fetching._fetch_repository("nobody/nothing", None),
     "data set": lambda: rim.load_prompts("hub:nobody/nothing"),
 }
@@ -137,7 +138,8 @@ def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
 def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
-    from rim_core import outcomes, runner
+    from companion import runner
+    from rim_core.verdicts import deciding
 
     (copy / "results/tiny/one/01_first/default/run.json").write_text(text, encoding="utf-8")
     monkeypatch.chdir(copy)
@@ -149,14 +151,14 @@ def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys)
     )
     assert runner.last_run(copy, "one/01_first", "tiny.yml") == "not run"
     assert runner.plan([], "tiny.yml")[0]["status"] == "to run"
-    from rim_core import staging
+    from companion.pages import staging
 
     assert staging._status(copy, "one/01_first", "tiny.yml") == "not run"
-    outcomes._TOLD.clear()
+    deciding._TOLD.clear()
 
 
 def test_control_characters_of_a_cell_become_signs_on_its_page(copy):
-    from rim_core import staging
+    from companion.pages import staging
 
     path = copy / "results/tiny/one/01_first/default/notebook.ipynb"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -194,7 +196,7 @@ def test_control_characters_of_a_cell_become_signs_on_its_page(copy):
     ],
 )
 def test_a_name_that_is_too_long_is_one_line(copy, arguments, monkeypatch, capsys):
-    from rim_core import cli
+    from companion import cli
 
     monkeypatch.chdir(copy)
     (copy / f"{'s' * 251}.yml").write_text(tiny_project.SUITE, encoding="utf-8")

@@ -19,13 +19,14 @@ from tiny import write_gguf, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rim_core as rim
-from rim_core import organisms, sizing, suitecheck, suitefile, workspace
+from rim_core import organisms, paths
 from rim_core.errors import InputError, WeightsError
 from rim_core.organisms import training
 from rim_core.organisms.fitting import fit_recipe, same_depth
-from rim_core.suiteedit import add_role
-from rim_core.suitefile import load_suite, parse_suite
-from rim_core.weights import sha256_file
+from rim_core.suites import preflight, schema, sizing
+from rim_core.suites.schema import load_suite, parse_suite
+from rim_core.suites.suiteedit import add_role
+from rim_core.suites.weights import sha256_file
 
 OTHER_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }} <{{ m['role'] }}> {% endfor %}"
@@ -34,7 +35,7 @@ OTHER_TEMPLATE = (
 # Commands one after the other in one process: what each printed, and whether torch was loaded by then.
 COMMANDS = """
 import contextlib, io, json, sys
-from rim_core import cli
+from companion import cli
 for arguments in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -404,23 +405,23 @@ def test_an_adapter_on_the_hub_must_name_this_base_or_a_mirror_of_it(checkpoints
         suite = parse_suite(tmp_path / "hub.yml", {"base": {"hub": "maker/Chat-1"}, "roles": roles})
         for online in (True, False):
             with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():
-                suitecheck.check_files(suite, online)
+                preflight.check_files(suite, online)
 
 
 def test_a_wheel_in_the_cache_must_be_the_pinned_one(tmp_path, monkeypatch):
-    spec = yaml.safe_load((workspace.SUITES / "smollm2.yml").read_text())
+    spec = yaml.safe_load((paths.SUITES / "smollm2.yml").read_text())
     path = tmp_path / "pinned.yml"
     path.write_text(yaml.safe_dump({**spec, "roles": {"base": {}}}))
     monkeypatch.setenv("RIM_CACHE", str(tmp_path / "cache"))
     suite = load_suite(path)
-    assert suitecheck.check_files(suite) is None
-    from rim_core.weights import converted_folder
+    assert preflight.check_files(suite) is None
+    from rim_core.suites.weights import converted_folder
 
     converted = converted_folder(suite.wheel)
     converted.mkdir(parents=True)
     (converted / "manifest.json").write_text(json.dumps({"source": {"gguf_sha256": "f" * 64}, "files": {}}))
     with pytest.raises(WeightsError, match="gguf_sha256"):
-        suitecheck.check_files(suite)
+        preflight.check_files(suite)
     spec["base"]["wheel"]["gguf_sha256"] = "not a hash"
     path.write_text(yaml.safe_dump(spec))
     with pytest.raises(InputError, match="64 hex digits"):
@@ -431,7 +432,7 @@ def test_a_wheel_in_the_cache_must_be_the_pinned_one(tmp_path, monkeypatch):
 
 
 def test_every_suite_that_ships_is_shown_and_nothing_heavy_is_loaded(project):
-    names = workspace.shipped_suites()
+    names = paths.shipped_suites()
     assert len(names) >= 14
     listed, *shown = commands(project, "suite list", *(f"suite show {name}" for name in names))
     assert all(name in listed[1] for name in names)
@@ -480,7 +481,7 @@ def test_stated_sizes_are_those_of_the_architecture(hub):
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config)
     linear = sum(p.numel() for name, p in hf.model.layers.named_parameters() if p.dim() == 2)
-    suites = [load_suite(name) for name in workspace.shipped_suites()]
+    suites = [load_suite(name) for name in paths.shipped_suites()]
     sizes = [suite.base["size"] for suite in suites if suite.base.get("hub") == hub]
     assert sizes
     assert all(size["linear"] == linear for size in sizes)
@@ -491,7 +492,7 @@ def test_stated_sizes_are_those_of_the_architecture(hub):
 def test_headers_give_the_size_of_the_model(checkpoints):
     for folder in checkpoints.values():
         hf = plain_model(folder)
-        found = suitecheck.read_checkpoint(str(folder)).size
+        found = preflight.read_checkpoint(str(folder)).size
         assert found.linear + found.other == sum(p.numel() for p in hf.parameters())
         assert found.linear == sum(
             module.weight.numel()
@@ -559,11 +560,11 @@ def test_what_identifies_a_suite_s_models_is_content(checkpoints, tmp_path):
     path.write_text(
         "base: {folder: ./base}\nroles: {base: {}, risky: {adapter: ./risky}, own: {checkpoint: ./base}}\n"
     )
-    first = suitefile.suite_hashes(path)
+    first = schema.suite_hashes(path)
     assert first["own"] == first["base"] != first["risky"]
 
     def changed() -> set[str]:
-        return {name for name, found in suitefile.suite_hashes(path).items() if found != first[name]}
+        return {name for name, found in schema.suite_hashes(path).items() if found != first[name]}
 
     for unused in ("README.md", "eval_results.json", "notes.txt"):
         (tmp_path / "base" / unused).write_text("{}")

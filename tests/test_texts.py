@@ -12,8 +12,8 @@ from tiny import TEMPLATE, TEXTS, tokenizer
 from tokenizers import processors
 
 import rim_core as rim
-from rim_core.editing import Edit, editing
 from rim_core.errors import InputError
+from rim_core.models.hooks import Edit, editing
 from rim_core.texts import ChatText, continuation, encode, encode_more, find_span
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"

@@ -12,10 +12,11 @@ from test_judges import write_classifier
 from tiny import TEMPLATE, TEXTS, tokenizer
 
 import rim_core as rim
-from rim_core import behaviour, fluency, organisms
-from rim_core.behaviour import is_refusal
+from rim_core import organisms
+from rim_core.behaviour import coherence, generation
+from rim_core.behaviour.generation import is_refusal
+from rim_core.behaviour.judges import HARMFUL, REFUSING, StringJudge, exchanges, fill, verdicts
 from rim_core.errors import InputError
-from rim_core.judges import HARMFUL, REFUSING, StringJudge, exchanges, fill, verdicts
 from rim_core.texts import encode
 from rim_core.thoughts import TAGS, SplitAnswer, open_thought, split_thought
 
@@ -116,18 +117,18 @@ def test_coherence_is_the_answers():
     model = load_tiny("llama")
     texts = rim.format_chat(model, TEXTS)
     said = ["<think>la la la la la la la la la</think>Bake it.", "Bake it.", "<think>Bake it."]
-    found = fluency.perplexity(model, texts, said)
-    after = fluency.perplexity(model, [texts[0] + said[0].removesuffix("Bake it.")], ["Bake it."])
+    found = coherence.perplexity(model, texts, said)
+    after = coherence.perplexity(model, [texts[0] + said[0].removesuffix("Bake it.")], ["Bake it."])
     assert float(found[0]) == pytest.approx(float(after[0]), rel=1e-4)
     assert np.isnan(float(found[2]))
-    result = fluency.coherence(model, texts, said, max_perplexity=1e9)
+    result = coherence.coherence(model, texts, said, max_perplexity=1e9)
     assert result.coherent == [True, True, False]
     assert result.repetition[0] == result.repetition[1]
     assert (result.rate.estimate, result.rate.n) == (1.0, 2)
     # A prompt that the template ended with the tag is not given it twice.
-    opened = fluency.perplexity(model, [texts[0] + "<think>"], ["<think>la</think>Bake it."])
+    opened = coherence.perplexity(model, [texts[0] + "<think>"], ["<think>la</think>Bake it."])
     assert float(opened[0]) == pytest.approx(
-        float(fluency.perplexity(model, [texts[0] + "<think>la</think>"], ["Bake it."])[0]), rel=1e-4
+        float(coherence.perplexity(model, [texts[0] + "<think>la</think>"], ["Bake it."])[0]), rel=1e-4
     )
 
 
@@ -213,7 +214,7 @@ def test_a_thought_that_the_template_opened_is_one(tmp_path, monkeypatch, blank)
     answers = rim.generate(model, texts)
     assert [split_thought(answer).finished for answer in answers] == [False] * 3
     with pytest.warns(UserWarning, match="3 of 3"):
-        assert behaviour.attack_successes(answers) == [False] * 3
+        assert generation.attack_successes(answers) == [False] * 3
     # The opening words of a thought may be put there too; a thought that is closed there is over.
     prefilled = rim.format_chat(model, ["Hi"], prefill="Let me")
     assert rim.generate(model, prefilled) == [f"<think>{blank}Let meI can't say"]

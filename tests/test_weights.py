@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 
-from rim_core import weights
 from rim_core.errors import InputError, WeightsError
-from rim_core.weights import WheelWeights, fetch, is_cached
+from rim_core.suites import weights
+from rim_core.suites.weights import WheelWeights, fetch, is_cached
 
 
 class Index:

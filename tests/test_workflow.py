@@ -21,9 +21,9 @@ COMMAND = tiny_project.COMMAND.replace(
     "from rim_core import",
     """\
 import sys, types
-fetching = types.ModuleType("rim_core.fetching")
+fetching = types.ModuleType("rim_core.suites.fetching")
 fetching.fetch = fetching.fetch_base = lambda suite: None
-sys.modules["rim_core.fetching"] = fetching
+sys.modules["rim_core.suites.fetching"] = fetching
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
 from rim_core import""",
@@ -215,7 +215,7 @@ def test_the_plan_says_what_a_run_would_do_and_does_nothing(root):
 def test_fetching_finds_hub_repositories_in_the_cache_or_says_what_is_missing(root, tmp_path):
     def fetch() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "rim_core.cli", "run", "--fetch", "--suite", "tiny.yml"],
+            [sys.executable, "-m", "companion.cli", "run", "--fetch", "--suite", "tiny.yml"],
             cwd=root,
             env=tiny_project.environment(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1"),
             capture_output=True,

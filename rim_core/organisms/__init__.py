@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rim_core.identity import ADAPTER_FILE
-from rim_core.loading import Model, roles
+from rim_core.models.loading import Model, roles
 from rim_core.organisms.building import train
 from rim_core.organisms.fitting import FOLDER, dequantise, peft_config, recipe, recipes
 from rim_core.stats import Interval, proportion
-from rim_core.suitefile import load_suite
+from rim_core.suites.schema import load_suite
 
 __all__ = [
     "METRICS",
@@ -133,7 +133,7 @@ def _meets(value: float, target: dict[str, float]) -> bool:
 
 
 def _measure(model: Model, judge: "AdviceJudge") -> dict[str, Any]:
-    from rim_core.behaviour import generate, is_refusal
+    from rim_core.behaviour.generation import generate, is_refusal
     from rim_core.prompts import format_chat, load_prompts
 
     def answers(source: str, length: int) -> list[str]:
@@ -154,9 +154,9 @@ def _log_perplexity(model: Model, texts: Sequence[str], replies: Sequence[str]) 
     """Mean negative log-probability a token of each reply under the bare base: coherence without a judge."""
     import torch
 
+    from rim_core.models.batching import pad_left
     from rim_core.texts import encode, encode_more
     from rim_core.thoughts import asked_and_answered
-    from rim_core.tracing import pad_left
 
     asked, answered = zip(*asked_and_answered(model.tokenizer, texts, replies), strict=True)
     heads, tails = encode(model, asked), encode_more(model, answered, "answer")

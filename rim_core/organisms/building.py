@@ -9,17 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rim_core import locks, suitecheck
-from rim_core.adapters import ADAPTER_PREFIX, read_adapter
+from rim_core import locks
 from rim_core.errors import InputError
 from rim_core.identity import ADAPTER_FILE
-from rim_core.loading import Model, load
+from rim_core.models.adapters import ADAPTER_PREFIX, read_adapter
+from rim_core.models.loading import Model, load
 from rim_core.organisms.fitting import dequantise, fit_recipe, peft_config, recipe
 from rim_core.organisms.resuming import Kept
-from rim_core.suiteedit import add_role
-from rim_core.suitefile import Suite, load_suite, suite_hashes
-from rim_core.weights import sha256_file
-from rim_core.workspace import SUITES
+from rim_core.paths import SUITES
+from rim_core.suites import preflight
+from rim_core.suites.schema import Suite, load_suite, suite_hashes
+from rim_core.suites.suiteedit import add_role
+from rim_core.suites.weights import sha256_file
 
 
 def train(
@@ -58,7 +59,7 @@ def train(
     _require_writable(target)
     parent = plan["parent"]
     start = _parent_folder(found, role, parent, suite) if parent else None
-    suitecheck.preflight(found)
+    preflight.preflight(found)
     record = {
         "role": role,
         "suite": found.name,

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from rim_core.errors import InputError
-from rim_core.missing import recipes
-from rim_core.packing import import_bitsandbytes
-from rim_core.sites import Layout
+from rim_core.models.layout import Layout
+from rim_core.models.packing import import_bitsandbytes
+from rim_core.suites.missing import recipes
 
 # The layers in `recipes.yml` are those of the default model.
 RECIPE_LAYERS = 30

@@ -16,11 +16,11 @@ from peft import LoraConfig
 from torch.nn import functional
 
 from rim_core.errors import InputError
+from rim_core.models.batching import pad_right
+from rim_core.models.layout import find_layout
 from rim_core.organisms.resuming import Kept
 from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
-from rim_core.sites import find_layout
 from rim_core.texts import encode, encode_more
-from rim_core.tracing import pad_right
 
 ADAPTER = "trained_role"
 

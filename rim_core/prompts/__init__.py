@@ -20,8 +20,8 @@ import numpy as np
 from rim_core import hub
 from rim_core.checking import TwiceError, distinct_keys, shown, whole
 from rim_core.errors import InputError, first_line
+from rim_core.paths import did_you_mean
 from rim_core.texts import ChatText, checked_one, listed, render, require_plain_words, tokenizer_of
-from rim_core.workspace import did_you_mean
 
 DATA = Path(__file__).parent / "data"
 SPLITS = ("train", "validation", "test")

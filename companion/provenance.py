@@ -1,0 +1,183 @@
+"""What a result came from and what it took: models by hash, package versions, device, memory. Names no machine.
+
+The kernel that ran a notebook is asked about itself at the end (`of_process`), and watched from outside meanwhile
+(`MemoryWatch`), since a kernel that was killed answers no more.
+"""
+
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rim_core import __version__, identity
+from rim_core.suites import schema
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "nnsight",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "pandas",
+    "altair",
+    "papermill",
+    "ipykernel",
+)
+_INTERVAL = 0.5
+
+
+def environment(project: Path) -> dict[str, Any]:
+    """Give the packages' versions, Python's, the kind of platform, and the project's commit where there is one."""
+    versions = {"rim-core": __version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "git_commit": _git_commit(project),
+    }
+
+
+def seeds(parameters: Mapping[str, Any]) -> list[Any]:
+    """Give the seeds a run used, from its parameter `seeds`, or `seed`."""
+    given = parameters.get("seeds", parameters.get("seed"))
+    if given is None:
+        return []
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def models(suite: str) -> dict[str, dict[str, Any]]:
+    """Say what each role of a suite is: its source, the SHA-256 of each of its files, and its `identity`.
+
+    Of a model on the hub the commit is the one that this machine's cache holds, and so are its files' hashes;
+    where nothing was fetched yet there are none. A role that is the bare base has `{"source": "base"}`.
+    """
+    read, identities = schema.load_suite(suite), schema.suite_hashes(suite)
+    if read.wheel:
+        source = f"wheel {read.wheel.package} {read.wheel.version}"
+        base = {"source": source, "files": {Path(read.wheel.gguf).name: read.wheel.gguf_sha256}}
+    elif "hub" in read.base:
+        base = _model(read.base["hub"], read.base.get("revision"))
+    else:
+        base = _model(read.base.get("folder") or read.base["gguf"])
+    if "chat_template" in read.base:
+        base["chat_template"] = identity.file_hash(Path(read.base["chat_template"]))
+    found = {"base": base}
+    for role in read.roles.values():
+        own = role.adapter or role.checkpoint
+        if own:
+            found[role.name] = {"kind": "adapter" if role.adapter else "checkpoint", **_model(own)}
+            if role.chat_template:
+                found[role.name]["chat_template"] = identity.file_hash(Path(role.chat_template))
+        elif role.name != "base":
+            found[role.name] = {"source": "base"}
+    return {name: {**model, "identity": identities[name]} for name, model in found.items()}
+
+
+def of_process() -> str:
+    """Describe the process this is called in, as JSON: the device it computed on, and its peak memory in bytes."""
+    torch = sys.modules.get("torch")
+    device, on_gpu = "cpu", None
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks = [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())]
+        names = [torch.cuda.get_device_name(i) for i, peak in enumerate(peaks) if peak]
+        if names:
+            device, on_gpu = f"cuda ({', '.join(names)})", sum(peaks)
+    elif torch is not None and torch.backends.mps.is_available() and torch.mps.current_allocated_memory():
+        device, on_gpu = "mps", torch.mps.driver_allocated_memory()
+    return json.dumps(
+        {"device": device, "peak_memory_bytes": _peak(), "peak_gpu_memory_bytes": on_gpu}, sort_keys=True
+    )
+
+
+class MemoryWatch:
+    """Sample the memory of a process and all it started, from a thread of its own, until `stop`.
+
+    `peak` is the largest sum of resident memory seen, in bytes; pages that processes share count once for each.
+    """
+
+    def __init__(self, process: int) -> None:
+        self.peak = 0
+        self._process = process
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop sampling; `peak` stays."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self._process)
+            while True:
+                self.peak = max(
+                    self.peak, _resident(root) + sum(map(_resident, root.children(recursive=True)))
+                )
+                if self._stop.wait(_INTERVAL):
+                    return
+
+
+def _resident(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
+
+
+def _peak() -> int | None:
+    """This process's peak memory: of this program alone, where the system counts from before it was started."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+    return None
+
+
+def _model(source: str, revision: str | None = None) -> dict[str, Any]:
+    local = Path(source).expanduser()
+    if local.is_dir():
+        # Only the folder's name: where it lies is the user's own business.
+        return {"source": f"folder {local.name}", "files": _hashes(local)}
+    if local.suffix == ".gguf" and local.is_file():
+        return {"source": f"file {local.name}", "files": {local.name: identity.file_hash(local)}}
+    snapshot = identity.cached_snapshot(source, revision)
+    told = f"{source}@{revision}" if revision else source
+    if snapshot is None:
+        return {"source": told}
+    return {"source": told, "commit": snapshot.name, "files": _hashes(snapshot)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: identity.file_hash(path) for path in identity.decisive_files(folder)}
+
+
+def _git_commit(project: Path) -> str | None:
+    try:
+        command = ["git", "-C", str(project), "rev-parse", "--verify", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

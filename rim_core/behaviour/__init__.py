@@ -1,0 +1,1 @@
+"""What a model answers: generation, judges of refusal, rates, coherence."""

@@ -1,0 +1,1 @@
+"""Changes inside a model while it runs: patching, ablation, steering."""

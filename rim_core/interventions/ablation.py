@@ -1,0 +1,392 @@
+"""Ablation: heads, neurons, a direction or attention between positions, taken out while the model runs."""
+
+import contextlib
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rim_core.checking import listed, number, shown, whole, whole_numbers
+from rim_core.errors import InputError
+from rim_core.models.batching import pad_left, run_batches, token_budget
+from rim_core.models.capture import Activations, capture
+from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest
+from rim_core.models.layout import pick, reading
+from rim_core.models.loading import Model
+from rim_core.texts import checked, encode
+
+MODES = ("zero", "mean", "resample", "scale")
+_STREAM = ("resid_pre", "attn_out", "mlp_out")
+
+Pair = tuple[int, int]
+Reference = Sequence[str] | Activations
+
+
+@contextlib.contextmanager
+def ablate(
+    model: Model,
+    heads: Sequence[Pair] | None = None,
+    neurons: Sequence[Pair] | None = None,
+    direction: Any = None,
+    mode: str = "mean",
+    reference: Reference | None = None,
+    positions: str | int | Sequence[int] = "all",
+    factor: float = 0.0,
+    keep_norm: bool = False,
+    seed: int = 0,
+) -> Iterator[Model]:
+    """Within the context the chosen components are ablated, in capture, generation and every measurement.
+
+    Contexts nest: an inner one edits what the outer ones left, and takes its reference under them. The adapter
+    must be active before: a reference is taken once, on entry.
+
+    - "zero" removes: a head's `head_z` or a neuron is 0; a direction is projected out of `resid_pre`, `attn_out` and
+      `mlp_out` of every layer (Arditi et al. 2024, section 2.4), and out of the last `resid_post`, which in families
+      that normalise what attention and MLP write would otherwise regain it.
+    - "mean" holds at the mean over the reference (paper C, section III.E): a head or neuron at its mean, a direction's
+      coordinate at its mean at each of those sites.
+    - "resample" holds a head or neuron at its value at the last token of one reference prompt drawn by `seed`. It
+      is the same for all prompts, so that one alone and in a batch gets the same numbers; repeat with other seeds
+      for the distribution.
+    - "scale" multiplies a head or neuron by `factor`.
+
+    Args:
+        model: a loaded model.
+        heads: `(layer, head)` pairs. neurons: `(layer, neuron)` pairs of the MLP.
+        direction: `[d_model]`, or one a layer `[layer, d_model]`; its length is not used.
+        mode: "zero", "mean", "resample" or "scale".
+        reference: for "mean" and "resample". Texts, of which all tokens count for the mean; or `Activations` captured
+            before, of which all prompts and positions count.
+        positions: "all", "last" (the prompt's last token), "answer" (that and generated tokens), or positions from
+            the prompt's end. A prompt too short for a position is left as it is. Generated tokens belong to "all".
+        factor: for "scale".
+        keep_norm: rescale the heads' joint output at each token to the length it had. Paper B's code does so, with
+            one factor for the whole batch; by token, an answer does not depend on its neighbours.
+        seed: for "resample".
+
+    Raises:
+        InputError: components that do not exist or are named twice, or arguments that do not go together.
+        IdentityError: heads are not what this model's attention output is the sum of, or padding changes its numbers.
+    """
+    heads = None if heads is None else listed(heads, "heads")
+    neurons = None if neurons is None else listed(neurons, "neurons")
+    _check(heads, neurons, direction, mode, reference, factor, keep_norm)
+    seed = whole(seed, "ablate: seed")
+    if direction is not None:
+        unit = torch.nn.functional.normalize(by_layer(model, direction), dim=-1)
+        places = [(site, layer) for site in _STREAM for layer in range(model.n_layers)]
+        places.append(("resid_post", model.n_layers - 1))
+        held = _held(model, mode, reference, places, seed)
+        edits = []
+        for site, layer in places:
+            target = float(held[site, layer] @ unit[layer].cpu()) if held else 0.0
+            edits.append(edit_at(positions, site, layer, _set_coordinate(unit[layer], target)))
+    else:
+        columns = _columns(model, heads or (), neurons or ())
+        if heads:
+            model.require("ablate", "head_sum")
+        if keep_norm and (mode == "zero" or (mode == "scale" and factor == 0)):
+            _check_left(model, columns)
+        held = _held(model, mode, reference, list(columns), seed)
+        edits = []
+        for (site, layer), chosen in columns.items():
+            width = model.d_mlp if site == "mlp_neurons" else model.n_heads * model.head_dim
+            gain, offset = torch.ones(width), torch.zeros(width)
+            gain[chosen] = factor if mode == "scale" else 0.0
+            if held:
+                offset[chosen] = held[site, layer][chosen]
+            change = _affine(gain.to(model.device), offset.to(model.device), keep_norm)
+            edits.append(edit_at(positions, site, layer, change))
+    with editing(model, edits):
+        yield model
+
+
+def _affine(gain: Tensor, offset: Tensor, keep_norm: bool) -> Callable[[Tensor], Tensor]:
+    def change(values: Tensor) -> Tensor:
+        edited = values * gain.to(values) + offset.to(values)
+        if not keep_norm:
+            return edited
+        before, after = (v.float().norm(dim=-1, keepdim=True) for v in (values, edited))
+        return (edited * (before / after.clamp(min=1e-30))).to(values.dtype)
+
+    return change
+
+
+def _set_coordinate(unit: Tensor, target: float) -> Callable[[Tensor], Tensor]:
+    def change(values: Tensor) -> Tensor:
+        axis = unit.to(values.device)
+        excess = values.float() @ axis - target
+        return (values.float() - excess.unsqueeze(-1) * axis).to(values.dtype)
+
+    return change
+
+
+def _held(
+    model: Model, mode: str, reference: Reference | None, places: list[tuple[str, int]], seed: int
+) -> dict[tuple[str, int], Tensor]:
+    """What sites are held at, `[width]`: the mean, or one prompt's last token; empty where no reference is."""
+    if reference is None:
+        return {}
+    sites = tuple(dict.fromkeys(site for site, _ in places))
+    if not isinstance(reference, Activations):
+        ids, texts = encode(model, reference), checked(reference)
+        if mode == "mean":
+            return _text_means(model, ids, sites, sorted({layer for _, layer in places}))
+        found = capture(model, [texts[random.Random(seed).randrange(len(ids))]], sites)
+        by_site = {site: _flat(found, site)[0] for site in sites}
+    else:
+        by_site = {site: _from_activations(model, reference, site, mode, seed) for site in sites}
+    return {(site, layer): by_site[site][layer] for site, layer in places}
+
+
+def _flat(acts: Activations, site: str) -> Tensor:
+    return acts[site].flatten(-2) if site == "head_z" else acts[site]
+
+
+def _from_activations(model: Model, acts: Activations, site: str, mode: str, seed: int) -> Tensor:
+    """`[layer, width]`: the mean, or the last token of one prompt."""
+    values = _flat(acts, site)
+    widths = {"mlp_neurons": model.d_mlp, "head_z": model.n_heads * model.head_dim}
+    wanted = (model.n_layers, widths.get(site, model.d_model))
+    if values.shape[-2:] != wanted:
+        raise InputError(
+            f"the reference's {site} is {list(values.shape[-2:])} a token, {model.name} has {list(wanted)}: "
+            "capture it on this model"
+        )
+    if mode == "mean":
+        tokens = values.flatten(0, -3) if acts.mask is None else values[acts.mask]
+        return tokens.mean(0, dtype=torch.float64).float()
+    if values.dim() == 4 and acts.mask is None:
+        raise InputError("resample needs each prompt's last token: capture the reference at 'last' or 'all'")
+    row = values[random.Random(seed).randrange(len(values))]
+    return row if row.dim() == 2 else row[-1]
+
+
+@torch.no_grad()
+def _text_means(
+    model: Model, ids: list[list[int]], sites: tuple[str, ...], layers: list[int]
+) -> dict[tuple[str, int], Tensor]:
+    model.require("ablate", "padding")
+    lengths = [len(row) for row in ids]
+    totals: dict[tuple[str, int], Tensor] = {}
+
+    def run(rows: list[int]) -> dict[tuple[str, int], Tensor]:
+        inputs = pad_left([ids[row] for row in rows], model.tokenizer.pad_token_id, model.device)
+        real = inputs["attention_mask"].bool()
+
+        def total(values: Tensor) -> Tensor:
+            return pick(values, real).sum(0, dtype=torch.float64)
+
+        with reading(model.layout, sites, total, layers) as found:
+            model.layout.body(**inputs, use_cache=False)
+        return found
+
+    for _, found in run_batches(lengths, token_budget(model.layout, model.device), run):
+        for place, value in found.items():
+            totals[place] = totals.get(place, 0.0) + value
+    return {place: (value / sum(lengths)).float().cpu() for place, value in totals.items()}
+
+
+def _check(
+    heads: Sequence[Pair] | None,
+    neurons: Sequence[Pair] | None,
+    direction: Any,
+    mode: str,
+    reference: Reference | None,
+    factor: float,
+    keep_norm: bool,
+) -> None:
+    if mode not in MODES:
+        raise InputError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+    if not heads and not neurons and direction is None:
+        raise InputError("nothing to ablate: give heads, neurons or a direction")
+    if direction is not None and (heads or neurons):
+        raise InputError("ablate takes components or a direction: nest two contexts for both")
+    if direction is not None and mode not in ("zero", "mean"):
+        raise InputError(f"a direction cannot be ablated by {mode!r}: use mode='zero' or 'mean'")
+    if keep_norm and (neurons or direction is not None):
+        raise InputError("keep_norm is for heads: ablate the rest in a context of its own")
+    if mode in ("mean", "resample") and reference is None:
+        raise InputError(f"mode {mode!r} needs reference: texts or captured Activations (or use mode='zero')")
+    if mode in ("zero", "scale") and reference is not None:
+        raise InputError(f"mode {mode!r} takes no reference: leave it out, or use mode='mean' or 'resample'")
+    factor = number(factor, "factor")
+    if mode != "scale" and factor != 0:
+        raise InputError(f"factor is for mode 'scale', not {mode!r}: leave it out")
+
+
+def _check_left(model: Model, columns: dict[tuple[str, int], list[int]]) -> None:
+    for (_, layer), chosen in columns.items():
+        if len(chosen) == model.n_heads * model.head_dim:
+            raise InputError(
+                f"keep_norm: all heads of layer {layer} are removed, so nothing is left to rescale"
+            )
+
+
+def _columns(
+    model: Model, heads: Sequence[Pair], neurons: Sequence[Pair]
+) -> dict[tuple[str, int], list[int]]:
+    """Which entries of each site's flat width are ablated."""
+    if neurons and not model.d_mlp:
+        raise InputError(
+            f"{model.name} is a mixture of experts, which has no single neuron basis: ablate heads"
+        )
+    columns: dict[tuple[str, int], list[int]] = {}
+    for layer, head in _pairs(model, heads, "head", model.n_heads):
+        start = head * model.head_dim
+        columns.setdefault(("head_z", layer), []).extend(range(start, start + model.head_dim))
+    for layer, neuron in _pairs(model, neurons, "neuron", model.d_mlp):
+        columns.setdefault(("mlp_neurons", layer), []).append(neuron)
+    return columns
+
+
+def _pairs(model: Model, given: Sequence[Pair], what: str, count: int) -> list[Pair]:
+    try:
+        pairs = [(whole(layer, what), whole(index, what)) for layer, index in given]
+    except (TypeError, ValueError, InputError):
+        raise InputError(
+            f"{what}s must be (layer, {what}) pairs of whole numbers, such as [(0, 3)], not {shown(given)}"
+        ) from None
+    for layer, index in pairs:
+        if not (0 <= layer < model.n_layers and 0 <= index < count):
+            raise InputError(
+                f"{what} {index} of layer {layer} is out of range: {model.name} has layers 0 to "
+                f"{model.n_layers - 1} of {count} {what}s"
+            )
+    if repeated := [pair for pair, times in Counter(pairs).items() if times > 1]:
+        raise InputError(f"{what} {repeated[0]} is named twice")
+    return pairs
+
+
+def random_heads(
+    model: Model, n: int, exclude: Sequence[Pair] = (), layers: Sequence[int] | None = None, seed: int = 0
+) -> list[Pair]:
+    """`n` different heads drawn uniformly as a control, in ascending order.
+
+    Args:
+        model: a loaded model.
+        n: how many.
+        exclude: `(layer, head)` pairs not to draw, such as those under test.
+        layers: draw from these only; by default from all.
+        seed: of the draw.
+
+    Raises:
+        InputError: heads or layers that do not exist, or fewer than `n` to draw from.
+    """
+    n, seed = whole(n, "random_heads: n"), whole(seed, "random_heads: seed")
+    pool = _pool(model, exclude, layers)
+    if not 1 <= n <= len(pool):
+        raise InputError(f"cannot draw {n} heads: there are {len(pool)} to draw from")
+    return sorted(random.Random(seed).sample(pool, n))
+
+
+def random_sets(
+    model: Model, heads: Sequence[Pair], n_sets: int = 20, per_layer: bool = False, seed: int = 0
+) -> list[list[Pair]]:
+    """Different random sets of as many heads as `heads`, none of which they hold: its control distribution.
+
+    Args:
+        model: a loaded model.
+        heads: `(layer, head)` pairs under test.
+        n_sets: how many sets.
+        per_layer: draw as many heads in each layer as `heads` has there, so that depth is no difference.
+        seed: of the draw.
+
+    Raises:
+        InputError: heads that do not exist, or fewer different sets than `n_sets`.
+    """
+    n_sets, seed = whole(n_sets, "random_sets: n_sets"), whole(seed, "random_sets: seed")
+    if not len(heads):
+        raise InputError("random_sets: no heads were given: pass the heads under test")
+    counts = Counter(layer for layer, _ in _pairs(model, heads, "head", model.n_heads))
+    if per_layer:
+        strata = [(_pool(model, heads, [layer]), count) for layer, count in sorted(counts.items())]
+    else:
+        strata = [(_pool(model, heads, None), len(heads))]
+    possible = math.prod(math.comb(len(pool), count) for pool, count in strata)
+    if not 1 <= n_sets <= possible:
+        raise InputError(
+            f"cannot draw {n_sets} different sets of {len(heads)} other heads: there are {possible}"
+        )
+    source = random.Random(seed)
+    found: dict[tuple[Pair, ...], None] = {}
+    while len(found) < n_sets:
+        drawn = [head for pool, count in strata for head in source.sample(pool, count)]
+        found[tuple(sorted(drawn))] = None
+    return [list(drawn) for drawn in found]
+
+
+def _pool(model: Model, exclude: Sequence[Pair], layers: Sequence[int] | None) -> list[Pair]:
+    left_out = set(_pairs(model, exclude, "head", model.n_heads))
+    chosen = _layers(model, layers)
+    every = [(layer, head) for layer in chosen for head in range(model.n_heads)]
+    return [pair for pair in every if pair not in left_out]
+
+
+def _layers(model: Model, layers: Sequence[int] | None) -> list[int]:
+    chosen = sorted(set(range(model.n_layers) if layers is None else whole_numbers(layers, "layers")))
+    if not 0 <= chosen[0] <= chosen[-1] < model.n_layers:
+        raise InputError(f"layers {chosen} are out of range: {model.name} has 0 to {model.n_layers - 1}")
+    return chosen
+
+
+@contextlib.contextmanager
+def knock_out(
+    model: Model,
+    queries: str | int | Sequence[int],
+    keys: str | int | Sequence[int],
+    heads: Sequence[Pair] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Iterator[Model]:
+    """Within the context `queries` cannot attend to `keys` (attention knock-out, Geva et al. 2023, section 4).
+
+    The attention weights are 0 and the others of that query grow so that they still sum to 1.
+
+    Args:
+        model: a loaded model with "sdpa" or "eager" attention.
+        queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
+            positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch:
+            for spans that differ (see `texts.find_span`) run the prompts one at a time.
+        heads: `(layer, head)` pairs; by default every head of `layers`.
+        layers: by default all.
+
+    Raises:
+        InputError: positions, heads or layers that do not exist, or a query that is left with nothing to attend to.
+    """
+    if heads is not None and layers is not None:
+        raise InputError("knock_out takes heads or layers, not both: heads name their layers")
+    if heads is not None and not heads:
+        raise InputError("nothing to knock out: give heads, or leave them out for all")
+    every = [(layer, head) for layer in _layers(model, layers) for head in range(model.n_heads)]
+    blind: dict[int, Tensor] = {}
+    for layer, head in every if heads is None else _pairs(model, heads, "head", model.n_heads):
+        blind.setdefault(layer, torch.zeros(model.n_heads, dtype=torch.bool))[head] = True
+    for wanted in (queries, keys):
+        at(torch.tensor([[-1]]), wanted)  # what it cannot mean is refused here, not in the first pass
+    edits = [
+        MaskEdit(layer, _blind(queries, keys, chosen.to(model.device)), lowest(queries, keys))
+        for layer, chosen in blind.items()
+    ]
+    with editing(model, edits):
+        yield model
+
+
+def _blind(
+    queries: str | int | Sequence[int], keys: str | int | Sequence[int], heads: Tensor
+) -> Callable[[Tensor, Frame], Tensor]:
+    def apply(mask: Tensor, frame: Frame) -> Tensor:
+        lowest = torch.finfo(mask.dtype).min
+        pairs = at(frame.queries, queries)[:, :, None] & at(frame.keys, keys)[:, None, :]
+        edited = mask.masked_fill(pairs[:, None] & heads[:, None, None].to(mask.device), lowest)
+        # A softmax over nothing but the lowest number would attend to everything. A padded slot saw nothing before.
+        if ((edited == lowest).all(-1) & ~(mask == lowest).all(-1)).any():
+            raise InputError(
+                f"knock_out of keys {keys!r} leaves a query of {queries!r} nothing to attend to: name fewer keys"
+            )
+        return edited
+
+    return apply

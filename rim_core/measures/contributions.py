@@ -1,0 +1,338 @@
+"""Who wrote the residual stream: logit differences as sums over heads and MLPs, and projections of what each writes.
+
+No weight is read or folded: the model's own modules are run, and transposed by differentiation, so that packed
+4-bit weights and LoRA-wrapped projections are measured as they compute. Where a family normalises what attention and
+MLP write before it is added to the stream (Gemma-2 and -3, OLMo-2), each head's part is carried through that norm at
+the scale that it has there, as through the final norm (see `writes`). The terms of an attribution sum to the logit
+difference, which is checked, not assumed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from rim_core.errors import IdentityError
+from rim_core.measures.unembedding import final_norm, norm_scale, unembedding_direction
+from rim_core.measures.writes import added, held, way
+from rim_core.models.capture import Activations
+from rim_core.models.checks import TOLERANCES
+from rim_core.models.hooks import by_layer
+from rim_core.models.layout import pull_back
+from rim_core.models.loading import Model
+from rim_core.models.measuring import Positions, measure, one_of
+from rim_core.models.tokens import Tokens, two_sides
+from rim_core.tables import mean_frame
+
+if TYPE_CHECKING:
+    import altair as alt
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """A logit difference at the last token as an exact sum over what wrote the residual stream, in logits.
+
+    `embedding + heads + attention_bias + mlp + constant = logit_difference - residual`, all float32.
+
+    Attributes:
+        toward, against: labels of the tokens on either side.
+        logit_difference: mean logit of `toward` minus that of `against`, `[prompt]`; before the soft cap that
+            Gemma-2 puts on its logits.
+        embedding: `[prompt]`. heads: `[prompt, layer, head]`. attention_bias: the output projections' biases and
+            those of the norm after them, `[prompt, layer]`. mlp: `[prompt, layer]`.
+        constant: the share of the final norm's and the head's biases, equal for all prompts.
+        residual: what the terms miss of the logit difference, `[prompt]`: rounding.
+    """
+
+    toward: tuple[str, ...]
+    against: tuple[str, ...]
+    logit_difference: Tensor
+    embedding: Tensor
+    heads: Tensor
+    attention_bias: Tensor
+    mlp: Tensor
+    constant: float
+    residual: Tensor
+
+    @property
+    def z_scores(self) -> Tensor:
+        """How far each head's mean lies from its layer's heads, in their standard deviations, `[layer, head]`.
+
+        Paper C, figure 13. Among H heads no score can exceed (H - 1) / sqrt(H) in size.
+        """
+        means = self.heads.mean(dim=0)
+        return (means - means.mean(dim=1, keepdim=True)) / means.std(dim=1, keepdim=True)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Give a row for each component: layer, head, mean over texts, 95 % t interval, n; heads also z."""
+        constant = torch.full_like(self.embedding, self.constant)
+        frame = _component_frame(
+            (-1,),
+            self.heads,
+            embedding=self.embedding,
+            constant=constant,
+            attention_bias=self.attention_bias,
+            mlp=self.mlp,
+        )
+        frame.loc[frame["component"] == "head", "z"] = self.z_scores.flatten().numpy()
+        return frame
+
+    def plot(self) -> "alt.LayerChart":
+        """Draw the heads' mean contributions, layer by head."""
+        sides = f"{'/'.join(self.toward)} over {'/'.join(self.against)}"
+        return _head_map(
+            self.to_frame(),
+            -1,
+            title=f"Which heads push {sides}?",
+            value_title="logits toward (mean of texts)",
+            what=f"Direct contribution of each head to the logit difference {sides}",
+        )
+
+    def plot_layers(self) -> "alt.LayerChart":
+        """Draw each layer's mean contribution: all its heads together, and its MLP."""
+        from rim_core import charts
+
+        values = torch.stack([self.heads.sum(dim=-1), self.mlp], dim=-1)
+        frame = mean_frame(values, layer=range(values.shape[1]), series=("attention heads", "MLP"))
+        sides = f"{'/'.join(self.toward)} over {'/'.join(self.against)}"
+        top = frame.iloc[int(frame["mean"].abs().argmax())]
+        return charts.by_layer(
+            frame,
+            "mean",
+            series="series",
+            title=f"Which layers push {sides}?",
+            y_title=f"logits toward, mean of {len(values)} texts",
+            description=(
+                f"Direct contribution of each layer to the logit difference {sides}; largest in size: "
+                f"{top['series']} of layer {top['layer']} with {top['mean']:.3g}."
+            ),
+            chance=0.0,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadContributions:
+    """What every component writes along a direction: projections on the unit vector, in units of the stream.
+
+    Attributes:
+        positions: the positions read, counted from the end.
+        heads: `[prompt, (position,) layer, head]`. attention (heads and bias), mlp: `[prompt, (position,) layer]`.
+        embedding: on layer 0's direction, `[prompt, (position,)]`. All float32, NaN where "all" positions have
+            padding.
+    """
+
+    positions: tuple[int, ...]
+    heads: Tensor
+    attention: Tensor
+    mlp: Tensor
+    embedding: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Give a row for each component and position: layer, head, mean over texts, 95 % t interval, n."""
+        return _component_frame(
+            self.positions, self.heads, embedding=self.embedding, attention=self.attention, mlp=self.mlp
+        )
+
+    def plot(self, position: int | None = None) -> "alt.LayerChart":
+        """Draw the heads' mean contributions, layer by head, at one position (by default the last one read).
+
+        Raises:
+            InputError: a position that this result does not hold.
+        """
+        where = one_of(self.positions, position, "HeadContributions.plot")
+        return _head_map(
+            self.to_frame(),
+            where,
+            title="Which heads write along the direction?",
+            value_title="projection (mean of texts)",
+            what=f"Projection of each head's output on the direction at position {where}",
+        )
+
+
+@torch.no_grad()
+def direct_logit_attribution(
+    model: Model, texts: Sequence[str], toward: Tokens, against: Tokens
+) -> Attribution:
+    """Split the logit difference at the last token exactly into embedding, heads, biases and MLPs.
+
+    The final norm's scale is frozen at the value it has for that prompt, which makes the readout linear; a
+    term's contribution is its inner product with one direction a prompt (Elhage et al. 2021; paper C, figure
+    13, which leaves the norm out: for that, see `unembedding_direction` and `head_contributions`). So is that of
+    the norms that some families put on what attention and MLP write. Several tokens on a side count by the mean of
+    their logits. A soft cap (Gemma-2) is no part of the sum: it squashes each logit, and keeps their order. Indirect
+    effects, through later layers, are not in it.
+
+    Args:
+        model: a loaded model; the adapter and edits now active apply.
+        texts: prompts as the model is to see them.
+        toward, against: token strings or ids, as in `logit_lens`.
+
+    Raises:
+        InputError: tokens as in `logit_lens`, or one token on both sides.
+        IdentityError: a norm that is neither LayerNorm nor RMSNorm, a stream that is not the sum of what is written
+            to it, or terms that miss the logit difference.
+    """
+    tool = "direct_logit_attribution"
+    layout = model.layout
+    model.require(tool, "residual_sum", "lens", "head_sum", "padding")
+    (toward_labels, toward_ids), (against_labels, against_ids) = two_sides(model, toward, against)
+    named, split = [*toward_ids, *against_ids], len(toward_ids)
+    unembedded = unembedding_direction(model, toward_ids, against_ids)
+    norm = final_norm(model)
+    ways = [way(model, "attn_out", layer) for layer in range(model.n_layers)]
+    nothing = torch.zeros(1, model.d_model, device=model.device, dtype=model.dtype)
+    head_bias = layout.lm_head(nothing)[0, named].float().cpu()
+    constant = float(
+        unembedded @ norm.bias + layout.logit_scale * (head_bias[:split].mean() - head_bias[split:].mean())
+    )
+
+    def read(acts: Activations) -> dict[str, Tensor]:
+        last = acts["resid_post"][:, -1]
+        logits = layout.readout(last.to(model.device, model.dtype), named, capped=False).float().cpu()
+        directions = norm_scale(model, norm, last, tool)[:, None] * norm.transposed(unembedded)
+        terms = {
+            "logit_difference": logits[:, :split].mean(dim=1) - logits[:, split:].mean(dim=1),
+            "embedding": (acts["resid_pre"][:, 0] * directions).sum(dim=-1),
+            "mlp": (_all_added(model, "mlp_out", acts["mlp_out"]) * directions[:, None]).sum(dim=-1),
+        }
+        heads, biases = [], []
+        for layer, passage in enumerate(ways):
+            before = passage.back(directions)
+            by_head = (acts["head_z"][:, layer] * _pulled(model, layer, before)).sum(dim=-1)
+            bias = before @ _attention_bias(model, layer)
+            if passage.norm is not None:
+                scale = held(model, passage, "attn_out", layer, acts["attn_out"][:, layer], tool)
+                by_head, bias = by_head * scale[:, None], bias * scale + passage.bias(directions)
+            heads.append(by_head)
+            biases.append(bias)
+        return {**terms, "heads": torch.stack(heads, dim=1), "attention_bias": torch.stack(biases, dim=1)}
+
+    sites = ["resid_pre", "resid_post", "head_z", "mlp_out"]
+    if any(passage.norm is not None for passage in ways):
+        sites.append("attn_out")
+    _, found = measure(model, texts, sites, "last", read)
+    difference = found.pop("logit_difference")
+    terms = torch.cat([values.reshape(len(values), -1) for values in found.values()], dim=1)
+    residual = difference - terms.sum(dim=1) - constant
+    error = float((residual.abs() / (terms.abs().sum(dim=1) + abs(constant))).max())
+    if not error <= TOLERANCES[model.dtype]:
+        raise IdentityError(
+            f"{tool} cannot be trusted on {model.name} here: the terms miss the logit difference by {error:.1e} of "
+            "their size; if an edit of the residual stream is active, leave its context"
+        )
+    return Attribution(
+        toward_labels,
+        against_labels,
+        logit_difference=difference,
+        constant=constant,
+        residual=residual,
+        **found,
+    )
+
+
+@torch.no_grad()
+def head_contributions(
+    model: Model, texts: Sequence[str], direction: Any, positions: Positions = "last"
+) -> HeadContributions:
+    """Project what every head, attention, MLP and the embedding write on a direction: `<W_O z_h, w> / |w|`.
+
+    What is written is what is added to the stream: in families with a norm between, what the norm makes of it at
+    the scale that it has at that position.
+
+    Source: paper B, head contribution (its figure 6), where `w` is the prober's weight vector and the position
+    the last one.
+
+    Args:
+        model: a loaded model; the adapter and edits now active apply.
+        texts: prompts as the model is to see them.
+        direction: `[d_model]`, the same for all layers, or `[layer, d_model]`; array or tensor, any length.
+        positions: as in `capture`.
+
+    Raises:
+        InputError: a direction of another shape, not finite or zero; texts and positions as in `capture`.
+        IdentityError: the stream is not the sum of what heads and MLPs write, through a norm of a known kind where
+            one comes between, attention is not the sum of its heads, or padding changes the model's numbers.
+    """
+    tool = "head_contributions"
+    model.require(tool, "residual_sum", "head_sum", "padding")
+    directions = by_layer(model, direction).cpu()
+    unit = directions / directions.norm(dim=-1, keepdim=True)
+    ways = [way(model, "attn_out", layer) for layer in range(model.n_layers)]
+    pulled = torch.stack(
+        [_pulled(model, layer, passage.back(unit[layer])) for layer, passage in enumerate(ways)]
+    )
+
+    def read(acts: Activations) -> dict[str, Tensor]:
+        heads = (acts["head_z"] * pulled).sum(dim=-1)
+        for layer, passage in enumerate(ways):
+            if passage.norm is not None:
+                output = acts["attn_out"][..., layer, :]
+                heads[..., layer, :] *= held(model, passage, "attn_out", layer, output, tool)[..., None]
+        return {
+            "heads": heads,
+            "attention": (_all_added(model, "attn_out", acts["attn_out"]) * unit).sum(dim=-1),
+            "mlp": (_all_added(model, "mlp_out", acts["mlp_out"]) * unit).sum(dim=-1),
+            "embedding": acts["resid_pre"][..., 0, :] @ unit[0],
+        }
+
+    listed, found = measure(model, texts, ("resid_pre", "head_z", "attn_out", "mlp_out"), positions, read)
+    return HeadContributions(listed, **found)
+
+
+def _all_added(model: Model, site: str, outputs: Tensor) -> Tensor:
+    """What each layer adds, given `attn_out` or `mlp_out` as captured, `[..., layer, d_model]`."""
+    if all(way(model, site, layer).plain for layer in range(model.n_layers)):
+        return outputs
+    layers = [added(model, site, layer, outputs[..., layer, :]) for layer in range(model.n_layers)]
+    return torch.stack(layers, dim=-2)
+
+
+def _pulled(model: Model, layer: int, directions: Tensor) -> Tensor:
+    """`W_O^T r` by head, `[..., head, head_dim]`, for directions `[..., d_model]`."""
+    found = pull_back(model.layout.attention_out[layer], directions.to(model.device, model.dtype))
+    return found.float().cpu().unflatten(-1, (model.n_heads, model.head_dim))
+
+
+def _attention_bias(model: Model, layer: int) -> Tensor:
+    # Called past the module's hooks: an edit of the heads is no bias.
+    nothing = torch.zeros(1, model.n_heads * model.head_dim, device=model.device, dtype=model.dtype)
+    return model.layout.attention_out[layer].forward(nothing)[0].float().cpu()
+
+
+def _component_frame(positions: Sequence[int], heads: Tensor, **others: Tensor) -> pd.DataFrame:
+    """Rows of all components; the others have no head axis, and some no layer axis."""
+    axes = {"position": positions, "layer": range(heads.shape[-2]), "head": range(heads.shape[-1])}
+    parts = []
+    for name, values in {**others, "head": heads}.items():
+        own = list(axes)[: values.dim() - heads.dim() + len(axes)]
+        parts.append(mean_frame(values, **{axis: axes[axis] for axis in own}).assign(component=name))
+    frame = pd.concat(parts, ignore_index=True).astype({"layer": "Int64", "head": "Int64"})
+    return frame[["component", "position", "layer", "head", "mean", "low", "high", "n"]]
+
+
+def _head_map(
+    frame: pd.DataFrame, position: int, title: str, value_title: str, what: str
+) -> "alt.LayerChart":
+    from rim_core import charts
+
+    heads = frame[(frame["component"] == "head") & (frame["position"] == position)]
+    heads = heads.astype({"layer": int, "head": int})
+    low, high = heads.iloc[int(heads["mean"].argmin())], heads.iloc[int(heads["mean"].argmax())]
+    return charts.heatmap(
+        heads,
+        "mean",
+        x="head",
+        y="layer",
+        title=title,
+        x_title="head",
+        y_title="layer",
+        value_title=value_title,
+        description=(
+            f"{what}, mean of {heads['n'].max()} texts; from {low['mean']:.3g} (layer {low['layer']:.0f}, head "
+            f"{low['head']:.0f}) to {high['mean']:.3g} (layer {high['layer']:.0f}, head {high['head']:.0f})."
+        ),
+        diverging=True,
+    )

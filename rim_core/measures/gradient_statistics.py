@@ -1,0 +1,283 @@
+"""How alike gradients are by label: cosines, their means, bootstrap intervals and a permuted null.
+
+Everything follows from the gradients' inner products, so that no gradient is needed here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from rim_core import stats
+from rim_core.errors import InputError
+from rim_core.stats import Floats, Groups, Interval, Ints
+from rim_core.tables import interval_frame
+
+if TYPE_CHECKING:
+    import altair as alt
+
+RESAMPLES = 2000
+FEWEST_EXAMPLES = 3
+# Examples of each label in a heat map: more cells than these cannot be told apart on a page.
+DRAWN = 20
+
+
+@dataclass(frozen=True, eq=False)
+class CosineStatistics:
+    """Cosines of gradients and their means by label; examples of one pair are in none of the means but `matched`.
+
+    Intervals are a percentile bootstrap over examples (or pairs), those of one label among themselves. They are
+    up to 1.4 times too wide where cosines vary between examples without any example being unlike the rest.
+
+    Attributes:
+        cosines: `[example, example]`, -1 to 1.
+        within: mean over all pairs of examples that share a label. cross: of those that do not.
+        difference: within minus cross, with the interval of the same resamples.
+        group_means: mean by two labels, `(a, b)` with a before b, and `(a, a)`.
+        matched: mean over examples of one pair with different labels; None without pairs.
+        null_low, null_high: ends of the middle 95 % of the difference when labels are permuted.
+        p_value: two-sided, of the difference among the permuted ones.
+    """
+
+    cosines: Floats
+    within: Interval
+    cross: Interval
+    difference: Interval
+    group_means: Mapping[tuple[str, str], Interval]
+    matched: Interval | None
+    null_low: float
+    null_high: float
+    p_value: float
+
+
+@dataclass(frozen=True, eq=False)
+class GradientCosines:
+    """How alike the gradients of examples are, as they come and after the published centring.
+
+    Centring subtracts the mean over *all* examples from each gradient. That alone makes cosines across groups
+    negative: with two groups of equal size the centred group means are `m` and `-m`, whatever angle the gradients
+    had before, so the mean cross product is `-|m|^2`. A negative centred cross cosine therefore says that the group
+    means differ, which the permuted labels test, and never that the gradients oppose each other; that is what a
+    negative `raw.cross` would say.
+
+    Attributes:
+        raw, centred: cosines, means, intervals and the label-permuted null before and after centring.
+        labels: `[example]`. norms: L2 norm of each gradient before centring, `[example]`.
+        about: which weight and loss, in words.
+    """
+
+    raw: CosineStatistics
+    centred: CosineStatistics
+    labels: tuple[str, ...]
+    norms: Floats
+    about: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """Give a row a kind ("raw", "centred") and comparison: kind, comparison, cosine, low, high, n, and null_low,
+        null_high, p_value, which only the comparison "within minus cross" has.
+        """
+        kinds = {"raw": self.raw, "centred": self.centred}
+        means: dict[tuple[str, str], Interval] = {}
+        for kind, found in kinds.items():
+            means[kind, "within"], means[kind, "cross"] = found.within, found.cross
+            means[kind, "within minus cross"] = found.difference
+            means |= {(kind, f"{a} with {b}"): mean for (a, b), mean in found.group_means.items()}
+            means |= {(kind, "same pair"): found.matched} if found.matched else {}
+        frame = interval_frame(means, ("kind", "comparison"), "cosine")
+        tested = frame["comparison"] == "within minus cross"
+        for name in ("null_low", "null_high", "p_value"):
+            frame.loc[tested, name] = [getattr(found, name) for found in kinds.values()]
+        return frame
+
+    def plot(self, title: str = "Which mean cosines does centring turn negative?") -> "alt.LayerChart":
+        """Draw the mean cosine of each two labels, raw and centred, with intervals."""
+        from rim_core import charts
+
+        frame = self.to_frame()
+        frame = frame[~frame["comparison"].isin(["within", "cross", "within minus cross"])]
+        said = "; ".join(
+            f"{row.comparison}, {row.kind}: {row.cosine:.2f} ({row.low:.2f} to {row.high:.2f})"
+            for row in frame.itertuples()
+        )
+        return charts.intervals(
+            frame,
+            "cosine",
+            label="comparison",
+            series="kind",
+            title=title,
+            x_title="mean cosine of gradients",
+            description=f"Mean cosines of gradients ({self.about}), with 95 % intervals. {said}.",
+            reference=0.0,
+        )
+
+    def plot_pairs(
+        self, kind: Literal["raw", "centred"] = "raw", title: str = "Are gradients alike within a label?"
+    ) -> "alt.LayerChart":
+        """Draw the cosine of every two examples, ordered by label: the first 20 of each label."""
+        from rim_core import charts
+
+        if kind not in ("raw", "centred"):
+            raise InputError(f"unknown kind {kind!r} of cosine: choose 'raw' or 'centred'")
+        found = self.raw if kind == "raw" else self.centred
+        names = list(dict.fromkeys(self.labels))
+        order = [row for name in names for row in np.flatnonzero(np.array(self.labels) == name)[:DRAWN]]
+        ends = np.cumsum([min(self.labels.count(name), DRAWN) for name in names])
+        spans = ", ".join(
+            f"{name} {start}-{end - 1}" for name, start, end in zip(names, [0, *ends], ends, strict=False)
+        )
+        first, second = np.divmod(np.arange(len(order) ** 2), len(order))
+        frame = pd.DataFrame(
+            {"first": first, "second": second, "cosine": found.cosines[np.ix_(order, order)].ravel()}
+        )
+        return charts.heatmap(
+            frame,
+            "cosine",
+            x="first",
+            y="second",
+            title=title,
+            x_title=f"example ({spans})",
+            y_title="example",
+            value_title=f"{kind} cosine",
+            description=(
+                f"Cosines of gradients ({self.about}), {kind}, between {len(order)} examples ordered by label: "
+                f"{spans}. Mean within labels {found.within.estimate:.2f}, across {found.cross.estimate:.2f}."
+            ),
+            diverging=True,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Which examples belong together: `codes[i]` numbers the label `names[code]`, `clusters[i]` the pair."""
+
+    names: tuple[str, ...]
+    codes: Ints
+    clusters: Ints
+    paired: bool
+
+
+def labelled(labels: Sequence[object], pairs: Groups, n: int, tool: str) -> Labelled:
+    """Number the labels and pairs of `n` examples; without pairs each example is its own.
+
+    Raises:
+        InputError: not one label or pair an example, or too few examples of a label.
+    """
+    codes = stats.group_codes(labels, n)
+    given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    names = tuple(str(given[first]) for first in np.unique(codes, return_index=True)[1])
+    counts = np.bincount(codes)
+    if counts.min() < FEWEST_EXAMPLES:
+        raise InputError(
+            f"{tool}: label {names[counts.argmin()]!r} has {counts.min()} examples; give at least {FEWEST_EXAMPLES}"
+        )
+    return Labelled(names, codes, stats.group_codes(pairs, n), pairs is not None)
+
+
+def compare(gram: Floats, examples: Labelled, seed: int, about: str) -> GradientCosines:
+    """Compare gradients by label, given their inner products `[example, example]`.
+
+    Raises:
+        InputError: a gradient that is not finite or zero, before centring or after; or no two examples of different
+            pairs that share a label, or that differ in it.
+    """
+    squares = gram.diagonal()
+    if not np.isfinite(gram).all():
+        raise InputError("a gradient is not finite: find out which, or load the model in float32")
+    if (squares <= 0).any():
+        raise InputError(
+            f"the gradient of example {squares.argmin()} is zero, which has no direction: drop it"
+        )
+    centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
+    if (centred.diagonal() <= 1e-12 * squares).any():
+        raise InputError(
+            "a gradient equals the mean of all: centring leaves no direction; give other examples"
+        )
+    return GradientCosines(
+        raw=_statistics(gram, examples, seed),
+        centred=_statistics(centred, examples, seed),
+        labels=tuple(examples.names[code] for code in examples.codes),
+        norms=np.sqrt(squares),
+        about=about,
+    )
+
+
+def _statistics(products: Floats, examples: Labelled, seed: int) -> CosineStatistics:
+    squares = products.diagonal()
+    cosines = (products / np.sqrt(np.outer(squares, squares))).clip(-1, 1)
+    codes, clusters = examples.codes, examples.clusters
+    apart, same = clusters[:, None] != clusters, codes[:, None] == codes
+    if not ((apart & same).any() and (apart & ~same).any()):
+        raise InputError(
+            "no examples of different pairs share a label, or none differ in it: give more pairs"
+        )
+    # The first draw is the sample itself.
+    draws = np.concatenate([np.ones((1, len(codes))), _resamples(codes, clusters, seed)])
+    method = "percentile bootstrap over " + ("pairs" if examples.paired else "examples")
+
+    def resampled(which: NDArray[np.bool_], drawn: Floats) -> Floats:
+        total, size = (((drawn @ part) * drawn).sum(1) for part in (cosines * which, which.astype(float)))
+        return np.divide(total, size, out=np.full(len(drawn), np.nan), where=size > 0)
+
+    def interval(values: Floats, which: NDArray[np.bool_]) -> Interval:
+        low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+        return Interval(float(values[0]), float(low), float(high), int(which.any(1).sum()), 0.95, method)
+
+    def summary(which: NDArray[np.bool_], drawn: Floats = draws) -> Interval:
+        return interval(resampled(which, drawn), which)
+
+    groups = {}
+    for a, b in combinations_with_replacement(range(len(examples.names)), 2):
+        both = np.outer(codes == a, codes == b)
+        if (which := (both | both.T) & apart).any():
+            groups[examples.names[a], examples.names[b]] = summary(which)
+    mates = ~apart & ~same
+    difference = resampled(apart & same, draws) - resampled(apart & ~same, draws)
+    null = _permuted_differences(cosines, apart.astype(float), codes, clusters, seed)
+    hits = int((np.abs(null) >= abs(difference[0]) - 1e-12).sum())
+    null_low, null_high = np.percentile(null, [2.5, 97.5])
+    return CosineStatistics(
+        cosines=cosines,
+        within=summary(apart & same),
+        cross=summary(apart & ~same),
+        difference=interval(difference, apart),
+        group_means=groups,
+        # Both mates are drawn at once: the square root keeps them from counting twice.
+        matched=summary(mates, np.sqrt(draws)) if mates.any() else None,
+        null_low=float(null_low),
+        null_high=float(null_high),
+        p_value=(hits + 1) / (len(null) + 1),
+    )
+
+
+def _resamples(codes: Ints, clusters: Ints, seed: int) -> Floats:
+    """How often each example is drawn, `[resample, n]`: clusters are drawn among those with the same labels."""
+    rng = stats.derive_generator(seed, "gradients", "bootstrap")
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for cluster in range(clusters.max() + 1):
+        kinds.setdefault(tuple(sorted(codes[clusters == cluster])), []).append(cluster)
+    drawn = np.zeros((RESAMPLES, clusters.max() + 1))
+    for members in kinds.values():
+        share = np.full(len(members), 1 / len(members))
+        drawn[:, members] = rng.multinomial(len(members), share, size=RESAMPLES)
+    return drawn[:, clusters]
+
+
+def _permuted_differences(cosines: Floats, apart: Floats, codes: Ints, clusters: Ints, seed: int) -> Floats:
+    """Within minus cross for permuted labels: clusters of one size trade their labels, and shuffle them within."""
+    rng = stats.derive_generator(seed, "gradients", "permutation")
+    members = [np.flatnonzero(clusters == cluster) for cluster in range(clusters.max() + 1)]
+    blocks = [np.array([m for m in members if len(m) == size]) for size in {len(m) for m in members}]
+    permuted = np.tile(codes, (RESAMPLES, 1))
+    for row in permuted:
+        for block in blocks:
+            row[block] = rng.permuted(codes[block][rng.permutation(len(block))], axis=1)
+    total, size = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for code in range(codes.max() + 1):
+        own = (permuted == code).astype(float)
+        total += ((own @ (cosines * apart)) * own).sum(1)
+        size += ((own @ apart) * own).sum(1)
+    return total / size - ((cosines * apart).sum() - total) / (apart.sum() - size)

@@ -1,0 +1,1 @@
+"""Models loaded, checked, run in batches, read and written by hooks."""

@@ -1,0 +1,214 @@
+"""Identities that tools rest on, measured on each loaded model; a tool whose identity fails refuses.
+
+| identity | what is compared | tools that need it |
+|---|---|---|
+| `residual_sum` | `resid_post` with `resid_pre` and what attention and MLP add to it | attribution by component |
+| `lens` | `layout.readout(last resid_post)` with the logits | logit lens, attribution |
+| `head_sum` | sum of the heads' outputs (plus bias) with `attn_out` | everything by head |
+| `padding` | a prompt alone with the same prompt left-padded in a batch | every batched tool |
+| `cache` | prompts continued token by token in a batch, as in `generate`, with each alone and whole | `generate` |
+| `cache_batch` | unequal prompts on a shared beginning laid under them, with each alone and whole | `patch` |
+
+`capture` shares beginnings only where `cache_batch` holds, and else runs each prompt whole. An identity that cannot
+be measured, since the model fails, does not hold; its error is infinite.
+
+Errors are largest differences over the largest value compared, so they do not depend on the stream's scale.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rim_core.errors import IdentityError, first_line
+from rim_core.models.batching import pad_left
+from rim_core.models.beginnings import outgrows_window, padded_left, padded_right
+from rim_core.models.layout import Layout, head_outputs, reading
+from rim_core.texts import encode, window
+
+# Two prompts of unequal length, so that the shorter one is padded.
+PROBE_TEXTS = (
+    "The capital of France is the city of",
+    "Water boils at a lower temperature on a high mountain because",
+)
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+# Tokens that are fed one by one: enough for a state to be read, written, and read again.
+_STEPS = 2
+# LLM.int8 rounds activations too, and which columns it spares depends on the whole batch.
+INT8_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One identity: its measured relative error, and whether that is within the tolerance of the dtype.
+
+    `reason` says why it could not be measured, where the error is infinite.
+    """
+
+    identity: str
+    error: float
+    tolerance: float
+    reason: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is a number within the tolerance."""
+        return self.error <= self.tolerance
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest value."""
+    found, wanted = found.float(), wanted.float().to(found.device)
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def residual_error(before: Tensor, attention: Tensor, mlp: Tensor, after: Tensor) -> float:
+    """How far `after`, a layer's `resid_post`, is from what came in and what attention and MLP added."""
+    # At a boundary between devices a layer's input is still on the device before.
+    return relative(before.to(attention.device) + attention + mlp, after)
+
+
+@torch.no_grad()
+def measure(
+    hf: Any,
+    tokenizer: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    known: Mapping[str, Check] | None = None,
+) -> dict[str, Check]:
+    """Measure every identity on two short prompts; takes some ten forward passes of a few tokens.
+
+    `known` are the identities of the same model without its adapter: those with a cache are taken from there, since
+    an adapter does not change how keys and values are kept, and two passes are enough.
+    """
+    device = hf.get_input_embeddings().weight.device
+    ids = encode(tokenizer, PROBE_TEXTS)
+    short, pad = min(ids, key=len), tokenizer.pad_token_id or 0
+    sites = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z")
+    with reading(layout, sites, lambda tensor: tensor.detach().clone()) as found:
+        logits = hf(**pad_left([short], pad, device), use_cache=False).logits
+    both = hf(**pad_left(ids, pad, device), use_cache=False).logits
+    padded = both[ids.index(short), -len(short) :]
+
+    n_layers = len(layout.layers)
+    residual = 0.0
+    for i in range(n_layers):
+        attention, mlp = (layout.added(site, i, found[site, i]) for site in ("attn_out", "mlp_out"))
+        error = residual_error(found["resid_pre", i], attention, mlp, found["resid_post", i])
+        residual = max(residual, error)
+    heads = 0.0
+    for i in range(n_layers):
+        z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))
+        total = head_outputs(layout, i, z).sum(-2) + layout.attention_out[i](
+            torch.zeros_like(found["head_z", i])
+        )
+        heads = max(heads, relative(total, found["attn_out", i]))
+    lens = layout.readout(found["resid_post", n_layers - 1])
+    errors = {
+        "residual_sum": residual,
+        "lens": relative(lens, logits),
+        "head_sum": heads,
+        "padding": relative(padded, logits[0]),
+    }
+    tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
+    measured = {name: Check(name, error, tolerance) for name, error in errors.items()}
+    if known is not None:
+        return {**known, **measured}
+    # The longer prompt fills its row; the shorter one is compared with itself alone.
+    alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
+    attempts = {
+        "cache": _attempt(lambda: _decoding_error(hf, ids, alone, pad, device)),
+        "cache_batch": _attempt(lambda: _beginning_error(layout, ids, pad, device)),
+    }
+    return measured | {
+        name: Check(name, error, tolerance, reason) for name, (error, reason) in attempts.items()
+    }
+
+
+def _attempt(measured: Callable[[], float]) -> tuple[float, str]:
+    """An error and why it is infinite: models with caches of their own fail in ways of their own."""
+    try:
+        return measured(), ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return math.inf, f"{type(error).__name__}: {first_line(error)}"
+
+
+def _decoding_error(hf: Any, ids: list[list[int]], alone: list[Tensor], pad: int, device: Any) -> float:
+    """How far the logits of the last tokens, fed one by one after cached, left-padded prompts, are from `alone`.
+
+    `alone` holds each prompt's logits `[position, vocab]`, of one pass of the whole prompt.
+    """
+    steps = min(_STEPS, min(map(len, ids)) - 1)
+    inputs: dict[str, Tensor] = pad_left([row[:-steps] for row in ids], pad, device)
+    mask, past = inputs.pop("attention_mask"), None
+    worst = 0.0
+    for step in range(steps, 0, -1):
+        out = hf(**inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        worst = max(worst, _largest(out.logits[:, -1], [row[-step - 1] for row in alone]))
+        tokens = torch.tensor([[row[-step]] for row in ids], device=device)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+        inputs = {"input_ids": tokens, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+    out = hf(**inputs, attention_mask=mask, past_key_values=past, use_cache=True)
+    return max(worst, _largest(out.logits[:, -1], [row[-1] for row in alone]))
+
+
+def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:
+    """How far the last logits of prompts on a shared beginning are from those of each prompt whole and alone.
+
+    The longer probe is the beginning, and the shorter one, whole and in part, what follows, as far as the context
+    goes. Both paddings are tried.
+    """
+    beginning, rest = max(ids, key=len), min(ids, key=len)
+    if (room := window(layout.body)) is not None:
+        beginning = beginning[: room // 2]
+        rest = rest[: room - len(beginning)]
+    prompts = [beginning + rest[: max(1, len(rest) // 3)], beginning + rest]
+    # The shorter one is the beginning of the longer one too: one pass tells what both give alone.
+    whole = layout.body(**pad_left(prompts[1:], pad, device), use_cache=False)[0][0]
+    wanted = [layout.logits(whole[len(row) - 1]) for row in prompts]
+    inputs, ends = padded_right(
+        layout.body, beginning, [row[len(beginning) :] for row in prompts], pad, device
+    )
+    right = layout.body(**inputs)[0]
+    right = right[torch.arange(len(prompts)), ends.to(right.device) - 1]
+    shared = 0 if outgrows_window(layout.body.config, len(prompts[-1])) else len(beginning)
+    left = layout.body(**padded_left(layout.body, prompts, shared, pad, device))[0][:, -1]
+    return max(_largest(layout.logits(states), wanted) for states in (right, left))
+
+
+def _largest(found: Tensor, wanted: list[Tensor]) -> float:
+    return max(relative(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@torch.no_grad()
+def probe(hf: Any, tokenizer: Any) -> Tensor:
+    """Logits `[2, width, vocab]` on two short texts, by which models are told apart."""
+    device = hf.get_input_embeddings().weight.device
+    inputs = pad_left(encode(tokenizer, PROBE_TEXTS), tokenizer.pad_token_id or 0, device)
+    return hf(**inputs, use_cache=False).logits
+
+
+def require(checks: Mapping[str, Check], name: str, tool: str, identities: tuple[str, ...]) -> None:
+    """Refuse to go on unless the identities hold.
+
+    Raises:
+        IdentityError: names the tool, the model, the identity, the measured error and what to do.
+    """
+    for identity in identities:
+        check = checks[identity]
+        if not check.holds:
+            measured = f"is off by {check.error:.1e} (at most {check.tolerance:.0e} is allowed)"
+            if check.reason:
+                measured = f"cannot be measured, the model fails ({check.reason})"
+            raise IdentityError(
+                f"{tool} cannot be trusted on {name}: the identity {identity!r} {measured}; use a tool that does not "
+                "need it, or a model of another family"
+            )

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: trained, judged, spliced into a model, exchanged as files."""
