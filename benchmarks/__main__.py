@@ -70,9 +70,7 @@ def line(row: Row) -> str:
     """A row of the printed table."""
     goal = ""
     if row.target is not None:
-        goal = (
-            f"  {'at least' if row.at_least else 'at most'} {row.target:g}: {'met' if row.met else 'MISSED'}"
-        )
+        goal = f"  {'at least' if row.at_least else 'at most'} {row.target:g}: {'met' if row.met else 'MISSED'}"
     apart = "" if row.difference is None else f"  apart by {row.difference:.0e}"
     return (
         f"{row.benchmark:10} {row.case}\n    {row.ours:.3g} {row.unit}, {row.peer}: {row.theirs:.3g} {row.unit}, "
@@ -87,9 +85,7 @@ def write(out: Path, rows: list[Row], only: str | None, repeats: int = REPEATS) 
     if only and out.is_file():
         earlier = json.loads(out.read_text(encoding="utf-8"))
         if (earlier["machine"], earlier["versions"]) != (machine, versions):
-            sys.exit(
-                f"benchmarks: {out} was measured on another machine or with other versions: run all of them"
-            )
+            sys.exit(f"benchmarks: {out} was measured on another machine or with other versions: run all of them")
         results = [row for row in earlier["rows"] if row["benchmark"] != only] + results
         results.sort(key=lambda row: list(BENCHMARKS).index(row["benchmark"]))
     content = {"machine": machine, "versions": versions, "repeats": repeats, "rows": results}
@@ -99,9 +95,7 @@ def write(out: Path, rows: list[Row], only: str | None, repeats: int = REPEATS) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and one repeat: does it work at all?"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and one repeat: does it work at all?")
     parser.add_argument("--only", choices=BENCHMARKS, help="one benchmark")
     parser.add_argument("--out", type=Path, help=f"results file (default: {RESULTS}; with --quick, none)")
     options = parser.parse_args()

@@ -89,14 +89,9 @@ def _means_by_hand(model: rim.Model, texts: list[str], heads: list[tuple[int, in
 def capturing(model: rim.Model, repeats: int, n_texts: int = 64) -> list[Row]:
     """All MLP neurons at the last token against the same batches through the model's body alone."""
     chat = rim.format_chat(model, rim.load_prompts("harmful", limit=n_texts))
-    plain_texts = [
-        " ".join(p.text for p in rim.load_prompts("everyday", limit=4, seed=i)) for i in range(n_texts)
-    ]
+    plain_texts = [" ".join(p.text for p in rim.load_prompts("everyday", limit=4, seed=i)) for i in range(n_texts)]
     rows = []
-    for case, texts in (
-        ("chat prompts, one beginning", chat),
-        ("prompts without a common beginning", plain_texts),
-    ):
+    for case, texts in (("chat prompts, one beginning", chat), ("prompts without a common beginning", plain_texts)):
 
         def forward(texts: list[str] = texts) -> None:
             ids = encode(model.tokenizer, texts)

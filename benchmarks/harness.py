@@ -129,9 +129,7 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [
-            line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
+        names = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].strip() if names else cpu
     found: dict[str, Any] = {
         "cpu": cpu or platform.machine(),

@@ -83,9 +83,7 @@ def _adapter_weights(shape: dict[str, Any]) -> int:
     return int(ADAPTER_RANK * (4 * width + 2 * (width + keys) + 3 * (width + inner)))
 
 
-def estimate(
-    shape: str = "qwen2.5-32b", teraflops: float = TERAFLOPS, tokens: int = TOKENS
-) -> list[Quantity]:
+def estimate(shape: str = "qwen2.5-32b", teraflops: float = TERAFLOPS, tokens: int = TOKENS) -> list[Quantity]:
     """Memory and time by arithmetic: tokens to be computed, times operations a token, over an assumed rate."""
     sizes = SHAPES[shape]
     n_layers, n_heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
@@ -123,13 +121,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -
 
     for parent, name, linear in list(_linears(hf.model.layers)):
         packed = bitsandbytes.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            linear.bias is not None,
-            dtype,
-            False,
-            "nf4",
-            device="meta",
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, False, "nf4", device="meta"
         )
         weight = normal(linear.weight.shape, linear.in_features**-0.5)
         packed.weight = bitsandbytes.nn.Params4bit(
@@ -143,9 +135,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 filled = (
-                    normal(parameter.shape, 1.0)
-                    if parameter.dim() > 1
-                    else torch.ones_like(parameter, device=device)
+                    normal(parameter.shape, 1.0) if parameter.dim() > 1 else torch.ones_like(parameter, device=device)
                 )
                 setattr(module, name, nn.Parameter(filled, requires_grad=False))
     keep_packed(hf).is_loaded_in_4bit = True
@@ -269,9 +259,7 @@ def timed(model: rim.Model, run: Callable[..., None], name: str, n_pairs: int, t
     return _quantity(name, minutes, "min", note)
 
 
-def measure(
-    shape: str, checked: str, device: torch.device, pairs: tuple[int, int], tokens: int
-) -> list[Quantity]:
+def measure(shape: str, checked: str, device: torch.device, pairs: tuple[int, int], tokens: int) -> list[Quantity]:
     """Everything: exactness on the shape `checked`, then memory and time on `shape`."""
     found = [q for dtype in (torch.float32, torch.bfloat16) for q in exactness(checked, device, dtype)]
     start = time.perf_counter()
@@ -291,16 +279,12 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper_scale", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper_scale", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-32b")
     parser.add_argument("--estimate", action="store_true", help="arithmetic only, no GPU")
     parser.add_argument("--rate", type=float, default=TERAFLOPS, help="TFLOP/s that --estimate assumes")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens a prompt")
-    parser.add_argument(
-        "--pairs", type=int, nargs=2, default=(100, 50), help="pairs timed, Experiments 4 and 3"
-    )
+    parser.add_argument("--pairs", type=int, nargs=2, default=(100, 50), help="pairs timed, Experiments 4 and 3")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     if options.estimate:

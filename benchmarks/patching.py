@@ -26,18 +26,14 @@ BATCHED_PAIRS = 2
 
 def metric_of(model: rim.Model) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """The metric for `rim.patch`, and the same from logits `[..., vocabulary]`."""
-    toward, against = (
-        model.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (TOWARD, AGAINST)
-    )
+    toward, against = (model.tokenizer(text, add_special_tokens=False).input_ids[0] for text in (TOWARD, AGAINST))
     return rim.LogitDifference(TOWARD, AGAINST), lambda logits: logits[..., toward] - logits[..., against]
 
 
 class Loop:
     """A peer's loop over a random draw of heads, and the effects it found so far."""
 
-    def __init__(
-        self, peer: Peer, ids: Tensor, source: Tensor, read: Callable[[Tensor], Tensor], sample: int
-    ) -> None:
+    def __init__(self, peer: Peer, ids: Tensor, source: Tensor, read: Callable[[Tensor], Tensor], sample: int) -> None:
         self.peer, self.ids, self.source, self.read, self.sample = peer, ids, source, read, sample
         self.cells = [(layer, head) for layer in range(source.shape[0]) for head in range(source.shape[1])]
         self.draw = random.Random(0)
@@ -91,9 +87,7 @@ def every_head(
             }
             case = f"{n_tokens} tokens"
             target = HEAD_TARGETS.get(n_tokens) if number == 0 else None
-            rows.append(
-                compare("heads", case, loop.peer.name, times["ours"], scaled, target=target, **common)
-            )
+            rows.append(compare("heads", case, loop.peer.name, times["ours"], scaled, target=target, **common))
             if number == 0:
                 with_source = [a + b for a, b in zip(scaled, times["source"], strict=True)]
                 ours = times["ours with source"]
@@ -143,11 +137,7 @@ class BatchLoop(PairLoop):
 
 @torch.no_grad()
 def every_component(
-    model: rim.Model,
-    peers: Sequence[Peer],
-    repeats: int,
-    n_pairs: int = 100,
-    layers: Sequence[int] | None = None,
+    model: rim.Model, peers: Sequence[Peer], repeats: int, n_pairs: int = 100, layers: Sequence[int] | None = None
 ) -> list[Row]:
     """Attention and MLP of every layer at the last token, forward and reverse, over minimal pairs; from the texts."""
     metric, read = metric_of(model)
@@ -162,9 +152,7 @@ def every_component(
             source, destination = texts[direction], texts[1 - direction]
             given = rim.capture(model, source, (SITES["attention"], SITES["mlp"]))
             for component in ("attention", "mlp"):
-                results[component, direction] = rim.patch(
-                    model, given, destination, component, metric, layers=layers
-                )
+                results[component, direction] = rim.patch(model, given, destination, component, metric, layers=layers)
 
     single = [(pair,) for pair in range(n_pairs)]
     loops: list[PairLoop] = [PairLoop(peer, single, ids, read, layers) for peer in peers]
@@ -256,9 +244,7 @@ def growth(
         needed = n_pairs * layer_tokens(model, n_tokens, chosen)
         least = [needed / (model.n_layers * PRODUCT_ROWS) * seconds for seconds in times["products"]]
         note = f"{n_tokens} tokens, {n_pairs} pairs, {len(chosen) * model.n_heads} heads"
-        rows.append(
-            compare("growth", case, "arithmetic limit", times["ours"], least, speed_up=False, note=note)
-        )
+        rows.append(compare("growth", case, "arithmetic limit", times["ours"], least, speed_up=False, note=note))
     return rows
 
 

@@ -137,9 +137,7 @@ def _add_run(commands: Any) -> None:
         epilog=_RUN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument(
-        "notebooks", nargs="*", metavar="NOTEBOOK", help="section, section/name or path (default: all)"
-    )
+    run.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="section, section/name or path (default: all)")
     _add_suite(run)
     run.add_argument(
         "-p",
@@ -154,9 +152,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--plan", action="store_true", help="say as JSON what would run, run nothing")
     run.add_argument("--fetch", action="store_true", help="fetch the suite's weights, run nothing")
     run.add_argument(
-        "--remote",
-        action="store_true",
-        help="run the models at NDIF, whose key is in NDIF_API_KEY (reading only)",
+        "--remote", action="store_true", help="run the models at NDIF, whose key is in NDIF_API_KEY (reading only)"
     )
     run.set_defaults(command=_run)
 
@@ -222,9 +218,7 @@ def _add_export(commands: Any) -> None:
         description="Pack claims, the data of every figure, the executed notebooks and their provenance as an "
         "RO-Crate, and print its path.",
     )
-    export.add_argument(
-        "--ro-crate", type=Path, required=True, metavar="DIR", help="the crate's folder: new, or empty"
-    )
+    export.add_argument("--ro-crate", type=Path, required=True, metavar="DIR", help="the crate's folder: new, or empty")
     export.add_argument(
         "--suite",
         action="append",
@@ -327,9 +321,7 @@ def _list(options: argparse.Namespace) -> int:
     rows = []
     for name in chosen:
         title = notebooks.title(notebooks.read_source(root, name))
-        rows.append(
-            {"notebook": name, options.suite: runner.last_run(root, name, options.suite), "title": title}
-        )
+        rows.append({"notebook": name, options.suite: runner.last_run(root, name, options.suite), "title": title})
     table(rows)
     if len(chosen) == 1:
         known = notebooks.parameters(chosen[0], notebooks.read_source(root, chosen[0])).values()

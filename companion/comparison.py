@@ -126,9 +126,7 @@ def shared(found: Sequence[Number]) -> list[list[Number]]:
 def figure(group: Sequence[Number], suites: Sequence[str]) -> alt.LayerChart:
     """Draw one number on each suite that has it, and what its rule allows; `suites` are all of the book's."""
     one = group[0]
-    frame = pd.DataFrame(
-        [{"suite": n.suite, "measured": n.value, "low": n.low, "high": n.high} for n in group]
-    )
+    frame = pd.DataFrame([{"suite": n.suite, "measured": n.value, "low": n.low, "high": n.high} for n in group])
     question = f"is it {one.asked}?" if one.asked else "is it the same?"
     told = "; ".join(f"{n.suite} {n.text}" for n in group)
     rule = f" The shaded range is what the rule allows: {one.asked}." if one.asked else ""

@@ -70,9 +70,7 @@ def _runs(project: Path, suites: Sequence[str] | None) -> dict[str, list[Path]]:
     for suite in suites or sorted(path.name for path in results.glob("*") if path.is_dir()):
         folder = results / paths.suite_name(suite)
         runs = sorted(path.parent for path in folder.glob("*/*/*/run.json"))
-        found[suite] = [
-            run for run in runs if not run.name.startswith(".") and deciding.read_record(run / "run.json")
-        ]
+        found[suite] = [run for run in runs if not run.name.startswith(".") and deciding.read_record(run / "run.json")]
         if suites and not found[suite]:
             paths.suite_file(suite)
             raise InputError(f"suite {folder.name} has no results to export; rim run --suite {suite}")
@@ -116,10 +114,7 @@ def _fill(folder: Path, project: Path, runs: Mapping[str, list[Path]]) -> None:
             files += made
             graph += _action(inside, json.loads((folder / inside / "run.json").read_text("utf-8")), made)
     models = {entity["@id"]: entity for entity in graph}  # runs of one suite share its models
-    _write(
-        folder / DESCRIPTOR,
-        _description(files, list(models.values()), [paths.suite_name(s) for s in runs]),
-    )
+    _write(folder / DESCRIPTOR, _description(files, list(models.values()), [paths.suite_name(s) for s in runs]))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -154,9 +149,7 @@ def _figures(folder: Path, inside: str) -> list[dict[str, Any]]:
 # --- the description ------------------------------------------------------------------------------------
 
 
-def _description(
-    files: list[dict[str, Any]], graph: list[dict[str, Any]], suites: Sequence[str]
-) -> dict[str, Any]:
+def _description(files: list[dict[str, Any]], graph: list[dict[str, Any]], suites: Sequence[str]) -> dict[str, Any]:
     actions = [entity for entity in graph if entity["@type"] == "CreateAction"]
     root = {
         "@id": "./",
@@ -179,10 +172,7 @@ def _description(
     }
     profile = {"@id": _PROFILE, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"}
     licence = {"@id": _LICENCE, "@type": "CreativeWork", "name": "MIT License", "url": _LICENCE}
-    return {
-        "@context": f"{_SPECIFICATION}/context",
-        "@graph": [descriptor, root, profile, licence, *files, *graph],
-    }
+    return {"@context": f"{_SPECIFICATION}/context", "@graph": [descriptor, root, profile, licence, *files, *graph]}
 
 
 def _action(inside: str, run: Mapping[str, Any], made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

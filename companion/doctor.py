@@ -83,9 +83,7 @@ def _packages() -> list[Check]:
         except Exception as error:  # a broken binary raises anything, and this is what the doctor is for
             problem = str(error).strip().splitlines()
             told = f"{type(error).__name__}: {problem[0]}" if problem else type(error).__name__
-            checks.append(
-                Check(distribution, False, told, "make env (or: pip install -c constraints.txt -e .)")
-            )
+            checks.append(Check(distribution, False, told, "make env (or: pip install -c constraints.txt -e .)"))
     return checks
 
 

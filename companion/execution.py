@@ -85,12 +85,7 @@ class Job:
     def last_words(self) -> str:
         """Give the last line that the kernel's process itself wrote, such as an import error at its start."""
         try:
-            lines = (
-                (self.folder / "kernel.log")
-                .read_text(encoding="utf-8", errors="replace")
-                .strip()
-                .splitlines()
-            )
+            lines = (self.folder / "kernel.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         except OSError:
             return ""
         return lines[-1].strip() if lines else ""
@@ -161,9 +156,7 @@ def _attempt(
             return job, Failure(error.ename, _with_advice(error), cell, list(error.traceback))
         except OSError:
             raise
-        except (
-            Exception
-        ) as error:  # whatever the kernel's transport raises fails this notebook, not the others
+        except Exception as error:  # whatever the kernel's transport raises fails this notebook, not the others
             return job, _kernel_failure(job, error)
         finally:
             _end_processes(job)
@@ -340,17 +333,13 @@ def scrubber(project: Path) -> Callable[[Any], Any]:
         **({cache: "<models>"} if cache else {}),
     }
     # Longest first, so that a folder inside the home directory is named for what it is; never "/" itself.
-    ordered = sorted(
-        (item for item in folders.items() if len(Path(item[0]).parts) > 1), key=lambda i: -len(i[0])
-    )
+    ordered = sorted((item for item in folders.items() if len(Path(item[0]).parts) > 1), key=lambda i: -len(i[0]))
     patterns = [(re.compile(re.escape(folder) + r"(?![\w.-])"), short) for folder, short in ordered]
     secrets = [v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8]
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return {
-                key: item if str(key).startswith("image/") else clean(item) for key, item in value.items()
-            }
+            return {key: item if str(key).startswith("image/") else clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         if not isinstance(value, str):

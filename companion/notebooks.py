@@ -22,15 +22,7 @@ from rim_core.prompts import FILE_SUFFIXES
 
 # Lists within lists beyond this are refused: neither papermill nor JSON's readers go on without end.
 _DEEPEST = 20
-_PLAIN: dict[str, Any] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": bool,
-    "Any": Any,
-    "object": Any,
-    "None": None,
-}
+_PLAIN: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "Any": Any, "object": Any, "None": None}
 _CONTAINERS: dict[str, Any] = {
     **{"list": list, "List": list, "Sequence": list, "Iterable": list},
     **{"tuple": tuple, "Tuple": tuple, "dict": dict, "Dict": dict, "Mapping": dict},
@@ -184,9 +176,7 @@ def parameters(name: str, notebook: Mapping[str, Any]) -> dict[str, Parameter]:
         annotation: ast.expr | None = None
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
             target, annotation, assigned = node.target.id, node.annotation, node.value
-        elif (
-            isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
-        ):
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             target, assigned = node.targets[0].id, node.value
         else:
             continue
@@ -323,18 +313,14 @@ def check_overrides(
         if key not in known:
             hint = did_you_mean(key, settable)
             listed = ", ".join(settable) or "none"
-            raise InputError(
-                f"notebook {name}: unknown parameter {checking.shown(key)}{hint}; parameters: {listed}"
-            )
+            raise InputError(f"notebook {name}: unknown parameter {checking.shown(key)}{hint}; parameters: {listed}")
         at = f"notebook {name}: parameter {key}"
         converted = _convert(known[key], value, at)
         converted = with_texts(
             key,
             converted,
             lambda place, text: (
-                _found(text, project, f"notebook {name}: parameter {place}")
-                if _names_file(place, text)
-                else text
+                _found(text, project, f"notebook {name}: parameter {place}") if _names_file(place, text) else text
             ),
         )
         if converted != known[key].default or type(converted) is not type(known[key].default):

@@ -102,9 +102,7 @@ def of_process() -> str:
             device, on_gpu = f"cuda ({', '.join(names)})", sum(peaks)
     elif torch is not None and torch.backends.mps.is_available() and torch.mps.current_allocated_memory():
         device, on_gpu = "mps", torch.mps.driver_allocated_memory()
-    return json.dumps(
-        {"device": device, "peak_memory_bytes": _peak(), "peak_gpu_memory_bytes": on_gpu}, sort_keys=True
-    )
+    return json.dumps({"device": device, "peak_memory_bytes": _peak(), "peak_gpu_memory_bytes": on_gpu}, sort_keys=True)
 
 
 class MemoryWatch:
@@ -129,9 +127,7 @@ class MemoryWatch:
         with contextlib.suppress(psutil.Error):
             root = psutil.Process(self._process)
             while True:
-                self.peak = max(
-                    self.peak, _resident(root) + sum(map(_resident, root.children(recursive=True)))
-                )
+                self.peak = max(self.peak, _resident(root) + sum(map(_resident, root.children(recursive=True))))
                 if self._stop.wait(_INTERVAL):
                     return
 

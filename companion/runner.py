@@ -138,9 +138,7 @@ def run_folder(project: Path, notebook: str, suite: str, overrides: Mapping[str,
     return paths.results_dir(project) / paths.suite_name(suite) / notebook / variant(overrides)
 
 
-def run_key(
-    project: Path, notebook: str, suite: str, overrides: Mapping[str, Any]
-) -> tuple[str, dict[str, str]]:
+def run_key(project: Path, notebook: str, suite: str, overrides: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """Give a run's key and its parts, each a SHA-256 in hex: what the result depends on, and nothing else.
 
     That is (see `identity`) the notebook's source and parameters, files that a parameter names by their content, the
@@ -337,15 +335,11 @@ def _overrides_of(project: Path, name: str, given: Mapping[str, Any]) -> dict[st
 
 def _claims_of(project: Path, notebook: str) -> list[deciding.Claim]:
     folder = project / "book" / "claims"
-    every = [
-        claim for path in sorted(folder.glob("*.yml")) for claim in deciding.load_claims(path.stem, folder)
-    ]
+    every = [claim for path in sorted(folder.glob("*.yml")) for claim in deciding.load_claims(path.stem, folder)]
     return [claim for claim in every if claim.metric["notebook"] == notebook]
 
 
-def _resolved(
-    known: Mapping[str, notebooks.Parameter], suite: str, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
+def _resolved(known: Mapping[str, notebooks.Parameter], suite: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: parameter.default for name, parameter in known.items()}
     return {**values, **overrides, **({"suite": suite} if "suite" in known else {})}
 

@@ -51,8 +51,7 @@ def _table(spec: dict[str, Any]) -> str:
     columns = spec.get("usermeta", {}).get("rim", {}).get("columns") or [[name, name] for name in rows[0]]
     head = "".join(f'<th scope="col">{escape(title)}</th>' for _, title in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_text(row.get(name)))}</td>" for name, _ in columns) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{escape(_text(row.get(name)))}</td>" for name, _ in columns) + "</tr>" for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -105,12 +104,7 @@ def _need(frame: pd.DataFrame, columns: Sequence[str], function: str) -> None:
 
 
 def _finish(
-    layers: Sequence[alt.Chart],
-    *,
-    title: str,
-    description: str,
-    height: float,
-    columns: Sequence[tuple[str, str]],
+    layers: Sequence[alt.Chart], *, title: str, description: str, height: float, columns: Sequence[tuple[str, str]]
 ) -> alt.LayerChart:
     return alt.LayerChart(layer=list(layers)).properties(
         title=alt.TitleParams(textwrap.wrap(title, _PHONE_CHARACTERS)),
@@ -159,10 +153,7 @@ def by_layer(
     legend = _legend(names)
     y_scale = alt.Scale(domain=list(y_domain)) if y_domain else alt.Scale(zero=False)
     across = alt.X(
-        f"{x}:Q",
-        title=x_title,
-        axis=alt.Axis(format="d", tickMinStep=1, grid=False),
-        scale=alt.Scale(nice=False),
+        f"{x}:Q", title=x_title, axis=alt.Axis(format="d", tickMinStep=1, grid=False), scale=alt.Scale(nice=False)
     )
     colour = alt.Color(f"{series}:N", scale=_scale(names, PALETTE), legend=legend)
     tooltip = [
@@ -174,9 +165,7 @@ def by_layer(
     ]
     base = alt.Chart(frame).encode(x=across, color=colour)
     y = alt.Y(f"{value}:Q", title=y_title, scale=y_scale)
-    band = base.mark_area(opacity=0.2).encode(
-        y=alt.Y(f"{low}:Q", title=y_title, scale=y_scale), y2=f"{high}:Q"
-    )
+    band = base.mark_area(opacity=0.2).encode(y=alt.Y(f"{low}:Q", title=y_title, scale=y_scale), y2=f"{high}:Q")
     line = base.mark_line(strokeWidth=2).encode(
         y=y, strokeDash=alt.StrokeDash(f"{series}:N", scale=_scale(names, _DASHES), legend=legend)
     )
@@ -227,9 +216,7 @@ def intervals(
     wrapped = frame.assign(**{label: ["\n".join(textwrap.wrap(str(text), 20)) for text in frame[label]]})
     rows = list(dict.fromkeys(wrapped[label]))
     names = [str(name) for name in frame[series].unique()] if series else []
-    axis = alt.Axis(
-        labelExpr="split(datum.label, '\\n')", title=None, ticks=False, domain=False, labelPadding=8
-    )
+    axis = alt.Axis(labelExpr="split(datum.label, '\\n')", title=None, ticks=False, domain=False, labelPadding=8)
     base = alt.Chart(wrapped).encode(y=alt.Y(f"{label}:N", sort=rows, axis=axis))
     if series:
         base = base.encode(
@@ -248,22 +235,14 @@ def intervals(
         x=alt.X(f"{value}:Q", title=x_title), tooltip=tooltip
     )
     if series:
-        dots = dots.encode(
-            shape=alt.Shape(f"{series}:N", scale=_scale(names, _SHAPES), legend=_legend(names))
-        )
+        dots = dots.encode(shape=alt.Shape(f"{series}:N", scale=_scale(names, _SHAPES), legend=_legend(names)))
     else:
         bars, dots = (mark.encode(color=alt.value(PALETTE[0])) for mark in (bars, dots))
     layers = [bars, dots]
     if reference is not None:
         layers = [*_reference(reference, "x", "reference"), *layers]
     lines = max(text.count("\n") + 1 for text in rows)
-    columns = [
-        (label, label),
-        *([(series, series)] if series else []),
-        (value, x_title),
-        (low, "low"),
-        (high, "high"),
-    ]
+    columns = [(label, label), *([(series, series)] if series else []), (value, x_title), (low, "low"), (high, "high")]
     return _finish(
         layers,
         title=title,
@@ -302,18 +281,14 @@ def compared(
     wrapped = frame.assign(**{label: ["\n".join(textwrap.wrap(str(text), 16)) for text in frame[label]]})
     every = ["\n".join(textwrap.wrap(name, 16)) for name in names]
     rows = list(dict.fromkeys(wrapped[label]))
-    axis = alt.Axis(
-        labelExpr="split(datum.label, '\\n')", title=None, ticks=False, domain=False, labelPadding=8
-    )
+    axis = alt.Axis(labelExpr="split(datum.label, '\\n')", title=None, ticks=False, domain=False, labelPadding=8)
     across = alt.Scale(domain=domain, nice=False, zero=False)
     x_axis = alt.Axis(title=textwrap.wrap(x_title, _PHONE_CHARACTERS), tickCount=4, grid=False)
     base = alt.Chart(wrapped).encode(
         y=alt.Y(f"{label}:N", sort=rows, axis=axis),
         color=alt.Color(f"{label}:N", scale=_scale(every, PALETTE), legend=None),
     )
-    bars = base.mark_rule(strokeWidth=2.5).encode(
-        x=alt.X(f"{low}:Q", scale=across, axis=x_axis), x2=f"{high}:Q"
-    )
+    bars = base.mark_rule(strokeWidth=2.5).encode(x=alt.X(f"{low}:Q", scale=across, axis=x_axis), x2=f"{high}:Q")
     dots = base.mark_point(filled=True, size=80, opacity=1).encode(
         x=alt.X(f"{value}:Q", scale=across, axis=x_axis),
         shape=alt.Shape(f"{label}:N", scale=_scale(every, _SHAPES), legend=None),
@@ -360,9 +335,7 @@ def distribution(
     _need(frame, [series, value], "distribution")
     numbers = frame[value].astype(float)
     if broken := int((~numbers.abs().lt(math.inf)).sum()):
-        raise InputError(
-            f"charts.distribution: {broken} values of {value} are NaN or infinite; leave them out"
-        )
+        raise InputError(f"charts.distribution: {broken} values of {value} are NaN or infinite; leave them out")
     start = float(numbers.min())
     width = (float(numbers.max()) - start) / bins or 1.0
     places = ((numbers - start) / width).astype(int).clip(upper=bins - 1)
@@ -407,15 +380,7 @@ def distribution(
 
 
 def scatter(
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    *,
-    series: str,
-    title: str,
-    x_title: str,
-    y_title: str,
-    description: str,
+    frame: pd.DataFrame, x: str, y: str, *, series: str, title: str, x_title: str, y_title: str, description: str
 ) -> alt.LayerChart:
     """Draw a point for each row at columns `x` and `y`, coloured and shaped by `series`.
 

@@ -47,12 +47,7 @@ def whole(value: Any, what: str, low: int | None = None, high: int | None = None
 
 
 def whole_numbers(
-    values: Any,
-    what: str,
-    low: int | None = None,
-    high: int | None = None,
-    *,
-    distinct: bool = False,
+    values: Any, what: str, low: int | None = None, high: int | None = None, *, distinct: bool = False
 ) -> list[int]:
     """Give one or several whole numbers from `low` to `high` as a list of ints; never an empty one.
 
@@ -153,11 +148,7 @@ def distinct_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def finite(
-    values: Any,
-    what: str,
-    axis: int | None = None,
-    along: str = "layer",
-    names: Sequence[object] | None = None,
+    values: Any, what: str, axis: int | None = None, along: str = "layer", names: Sequence[object] | None = None
 ) -> Any:
     """Give an array or tensor back if it holds no NaN and no infinity.
 

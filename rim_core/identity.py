@@ -98,9 +98,7 @@ def _content(path: Path) -> Any:
         return file_hash(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(
-            [[[[[[data]]]]]]
-        )  # what is nested too deeply to be written within others, as digests are made
+        json.dumps([[[[[[data]]]]]])  # what is nested too deeply to be written within others, as digests are made
     except (OSError, ValueError, RecursionError):
         return file_hash(path)
     return {key: data[key] for key in data if key not in _ORIGIN} if isinstance(data, dict) else data

@@ -142,9 +142,7 @@ def _check(path: Path, mine: bytes) -> None:
     with contextlib.suppress(OSError):
         if path.read_bytes() == mine:
             return
-    raise RunError(
-        "another rim run took this notebook over while this one stood still; nothing of this one was kept"
-    )
+    raise RunError("another rim run took this notebook over while this one stood still; nothing of this one was kept")
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -161,9 +159,7 @@ def _who(text: bytes) -> str:
         return "another rim run is at it"
     if holder["machine"] == here():
         return f"another rim run (process {holder['process']}) is at it"
-    return (
-        f"a rim run on another machine is at it (counted as dead after {_LAPSE:.0f} s without a sign of life)"
-    )
+    return f"a rim run on another machine is at it (counted as dead after {_LAPSE:.0f} s without a sign of life)"
 
 
 def _started(process: int) -> float | None:

@@ -104,9 +104,7 @@ def suite_file(suite: str) -> Path:
     if suite in project_suites():
         return suites_dir(root()) / f"{suite}.yml"
     known = suite_names()
-    raise InputError(
-        f"unknown suite {shortened(suite)!r}{did_you_mean(suite, known)}; suites: {', '.join(known)}"
-    )
+    raise InputError(f"unknown suite {shortened(suite)!r}{did_you_mean(suite, known)}; suites: {', '.join(known)}")
 
 
 def shortened(text: str) -> str:

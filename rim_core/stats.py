@@ -178,12 +178,7 @@ def _one_number(value: Any, of: str) -> float:
     return number
 
 
-def resampled_means(
-    values: ArrayLike,
-    groups: Groups = None,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> Floats:
+def resampled_means(values: ArrayLike, groups: Groups = None, n_resamples: int = 2000, seed: int = 0) -> Floats:
     """Give many columns' means under one shared (cluster) bootstrap: the intervals of all layers at once.
 
     Args:
@@ -231,9 +226,7 @@ def cohens_d(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
     pooled = np.sqrt(((n_a - 1) * first.var(ddof=1) + (n_b - 1) * second.var(ddof=1)) / (n_a + n_b - 2))
     # Rounding leaves a constant sample with a spread of a few ulps, which would make d astronomically large.
     if pooled <= 1e-12 * max(np.abs(first).max(), np.abs(second).max()):
-        raise InputError(
-            "cohens_d: neither sample has any spread, so d is undefined; compare the means instead"
-        )
+        raise InputError("cohens_d: neither sample has any spread, so d is undefined; compare the means instead")
     d = float((first.mean() - second.mean()) / pooled)
     error = np.sqrt((n_a + n_b) / (n_a * n_b) + d**2 / (2 * (n_a + n_b)))
     half = float(scipy.stats.norm.ppf((1 + level) / 2) * error)
@@ -251,9 +244,7 @@ def ks(a: ArrayLike, b: ArrayLike) -> Comparison:
     """
     first, second = _sample(a, "ks: a"), _sample(b, "ks: b")
     result = scipy.stats.ks_2samp(first, second)
-    return Comparison(
-        float(result.statistic), float(result.pvalue), first.size, second.size, "Kolmogorov-Smirnov"
-    )
+    return Comparison(float(result.statistic), float(result.pvalue), first.size, second.size, "Kolmogorov-Smirnov")
 
 
 def permutation_test(
@@ -444,9 +435,7 @@ def group_codes(groups: Groups, n: int) -> Ints:
     return codes.astype(np.int64)
 
 
-def split(
-    n: int, holdout: float, groups: Groups = None, seed: int = 0, *, salt: str = "halves"
-) -> tuple[Ints, Ints]:
+def split(n: int, holdout: float, groups: Groups = None, seed: int = 0, *, salt: str = "halves") -> tuple[Ints, Ints]:
     """Give the indices to fit on and to hold out, whole groups on a side, drawn by `seed`.
 
     Args:
@@ -509,9 +498,7 @@ def _numbers(values: Any, name: str, wanted: str) -> Floats:
 def _refuse_overflow(data: Floats, name: str) -> None:
     """Refuse numbers whose squares, summed up, would be infinite: a p-value or an interval of those means nothing."""
     if data.size and np.abs(data).max() > _LARGEST:
-        raise InputError(
-            f"{name} hold numbers beyond {_LARGEST:g}, whose squares overflow; give them in a larger unit"
-        )
+        raise InputError(f"{name} hold numbers beyond {_LARGEST:g}, whose squares overflow; give them in a larger unit")
 
 
 def _paired_outcomes(a: ArrayLike, b: ArrayLike, caller: str) -> tuple[Floats, Floats]:

@@ -47,9 +47,7 @@ def listed(given: Any, noun: str = "text") -> list[Any]:
     if isinstance(given, str | bytes):
         raise InputError(f"{noun}s must be a list of strings, not one string: put it in a list")
     if not one_by_one or isinstance(given, Mapping) or getattr(given, "ndim", 1) != 1:
-        raise InputError(
-            f"{noun}s must be a list of strings, not a {type(given).__name__}: give one a prompt"
-        )
+        raise InputError(f"{noun}s must be a list of strings, not a {type(given).__name__}: give one a prompt")
     return list(given)
 
 
@@ -74,12 +72,8 @@ def checked_one(text: Any, what: str, empty: bool = False) -> str:
     if not isinstance(text, str):
         kind = type(text).__name__
         if kind == "Prompt":
-            raise InputError(
-                f"{what} is a Prompt, not yet in a chat template: use rim.format_chat(model, prompts)"
-            )
-        raise InputError(
-            f"{what} is no string but of type {kind}: give strings, and leave out what is missing"
-        )
+            raise InputError(f"{what} is a Prompt, not yet in a chat template: use rim.format_chat(model, prompts)")
+        raise InputError(f"{what} is no string but of type {kind}: give strings, and leave out what is missing")
     if not text and not empty:
         raise InputError(f"{what} is empty: remove it")
     try:
@@ -203,9 +197,7 @@ def require_room(model: Any, lengths: Sequence[int], new_tokens: int = 0, noun: 
 # The chat template ----------------------------------------------------------------------------------------------------
 
 
-def render(
-    tokenizer: Any, user: str, system: str | None = None, generation: bool = True, **extra: Any
-) -> str:
+def render(tokenizer: Any, user: str, system: str | None = None, generation: bool = True, **extra: Any) -> str:
     """One user turn in the chat template, as text, up to where the answer begins.
 
     Raises:
@@ -214,9 +206,7 @@ def render(
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": user})
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, **extra
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **extra)
     except Exception as error:  # templates raise their own Jinja errors, e.g. for a system role
         raise InputError(f"the chat template refuses these messages: {first_line(error)}") from None
 
@@ -333,9 +323,7 @@ _PRIVATE = 0x100000
 def require_plain_words(tokenizer: Any) -> None:
     """Raise InputError where a tokenizer cannot read control tokens as plain text in a part of a text."""
     if not getattr(tokenizer, "is_fast", False):
-        raise InputError(
-            "plain=True needs a fast tokenizer, which reads control tokens as text: leave plain out"
-        )
+        raise InputError("plain=True needs a fast tokenizer, which reads control tokens as text: leave plain out")
 
 
 def _twin(tokenizer: Any) -> _Twin:
@@ -358,9 +346,7 @@ def _twin(tokenizer: Any) -> _Twin:
     return known
 
 
-def _with_plain_words(
-    tokenizer: Any, text: str, words: Sequence[tuple[int, int]]
-) -> tuple[list[int], Offsets]:
+def _with_plain_words(tokenizer: Any, text: str, words: Sequence[tuple[int, int]]) -> tuple[list[int], Offsets]:
     """The text's tokens, with control tokens only outside of `words`.
 
     Everything is tokenised together, so that words and template merge as they do without control tokens in them.
@@ -376,15 +362,11 @@ def _with_plain_words(
         return ids, offsets
     twin = _twin(tokenizer)
     if any(chr(_PRIVATE) <= letter < chr(_PRIVATE + len(twin.names)) for letter in text):
-        raise InputError(
-            "plain=True cannot read a text with characters of Unicode's last private plane: remove them"
-        )
+        raise InputError("plain=True cannot read a text with characters of Unicode's last private plane: remove them")
     renamed, places = _rename(text, words, twin.names)
     found = twin.backend.encode(renamed, add_special_tokens=False)
     ids = [twin.ids.get(token, token) for token in found.ids]
-    if sum(token in controls for token in ids) != sum(
-        letter in set(twin.names.values()) for letter in renamed
-    ):
+    if sum(token in controls for token in ids) != sum(letter in set(twin.names.values()) for letter in renamed):
         raise InputError(
             "this tokenizer reads control tokens in ordinary text too, so plain=True cannot keep them out: remove them "
             "from the prompts"

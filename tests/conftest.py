@@ -29,12 +29,7 @@ REDUCED = {
         "n_random": "40",
         "n_shuffles": "40",
     },
-    "self_aware/03_causal_tracing": {
-        "n_prompts": "24",
-        "n_pairs": "2",
-        "seeds": "[0, 1, 2]",
-        "n_sets": "200",
-    },
+    "self_aware/03_causal_tracing": {"n_prompts": "24", "n_pairs": "2", "seeds": "[0, 1, 2]", "n_sets": "200"},
     "self_aware/04_heads_and_neurons": {
         "n_prompts": "24",
         "n_pairs": "4",
@@ -106,9 +101,7 @@ def _copy(target: Path, sizes: dict[str, dict[str, str]] = REDUCED) -> Path:
     for name in ("book", "notebooks", "_config.yml", "_toc.yml", "constraints.txt"):
         source = REPOSITORY / name
         if source.is_dir():
-            shutil.copytree(
-                source, target / name, ignore=shutil.ignore_patterns("experiments", ".ipynb_checkpoints")
-            )
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("experiments", ".ipynb_checkpoints"))
         else:
             shutil.copy(source, target / name)
     for notebook, values in sizes.items():

@@ -11,11 +11,7 @@ import torch
 from accelerate import dispatch_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    return_and_correct_aliasing,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from rim_core.models.loading import Model

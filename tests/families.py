@@ -36,26 +36,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 8.0,
         "attn_logit_softcapping": 2.0,
     },
-    "gemma3_text": {
-        **GQA,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 6,
-        "layer_types": MIXED,
-    },
+    "gemma3_text": {**GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "layer_types": MIXED},
     "phi3": {**GQA, "sliding_window": 6},
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 64},
     "olmo2": GQA,
     "falcon": {},
     "cohere2": {**GQA, "sliding_window": 6, "layer_types": MIXED, "logit_scale": 0.25},
-    "qwen3_moe": {
-        **GQA,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    },
+    "qwen3_moe": {**GQA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 
 
@@ -77,20 +65,10 @@ MODULES = {
     "qwen3_moe": Modules(mlp_out=None),
     "gpt2": Modules("transformer.h", "attn", "attn.c_proj", "mlp", "mlp.c_proj", "transformer.ln_f"),
     "gpt_neox": Modules(
-        "gpt_neox.layers",
-        "attention",
-        "attention.dense",
-        "mlp",
-        "mlp.dense_4h_to_h",
-        "gpt_neox.final_layer_norm",
+        "gpt_neox.layers", "attention", "attention.dense", "mlp", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"
     ),
     "falcon": Modules(
-        "transformer.h",
-        "self_attention",
-        "self_attention.dense",
-        "mlp",
-        "mlp.dense_4h_to_h",
-        "transformer.ln_f",
+        "transformer.h", "self_attention", "self_attention.dense", "mlp", "mlp.dense_4h_to_h", "transformer.ln_f"
     ),
 }
 

@@ -23,9 +23,7 @@ def plain_model(folder, quantization=None, dtype=torch.float32, **options):
     """
     config = None
     if quantization == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     hf = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map="cpu", quantization_config=config, **options
     )

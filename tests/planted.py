@@ -95,9 +95,7 @@ def attend_to_signal(layer, rows: slice) -> None:
 
 def write_planted(folder: Path, seed: int = 0) -> Path:
     tok = tokenizer()
-    model = background(
-        N_HEADS, HEAD_DIM, seed, vocab_size=400, bos_token_id=1, eos_token_id=2, pad_token_id=2
-    )
+    model = background(N_HEADS, HEAD_DIM, seed, vocab_size=400, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     with torch.no_grad():
         embed = model.model.embed_tokens.weight
         embed[_token(tok, HARMFUL), SIGNAL], embed[_token(tok, HARMLESS), SIGNAL] = 8.0, -8.0

@@ -15,11 +15,7 @@ from rim_core.errors import IdentityError, InputError
 from rim_core.interventions.ablation import ablate, knock_out, random_heads, random_sets
 from rim_core.interventions.steering import steer
 
-REFERENCE = (
-    "A short answer is best.",
-    "Tell me why the moon looks larger near the horizon than high up.",
-    "Why?",
-)
+REFERENCE = ("A short answer is best.", "Tell me why the moon looks larger near the horizon than high up.", "Why?")
 HEADS = [(0, 3), (1, 0), (1, 2)]
 NEURONS = [(0, 5), (2, 63), (2, 0)]
 STEPS = 4
@@ -74,11 +70,7 @@ def test_ablating_components_equals_plain_hooks(family, quantization, mode):
     model = load_tiny(family, quantization)
     heads, neurons = components(family)
     chosen = places(model, heads, neurons or [])
-    options = {
-        "mean": {"reference": REFERENCE},
-        "resample": {"reference": REFERENCE},
-        "scale": {"factor": -2.0},
-    }
+    options = {"mean": {"reference": REFERENCE}, "resample": {"reference": REFERENCE}, "scale": {"factor": -2.0}}
     with ablate(model, heads, neurons, mode=mode, **options.get(mode, {})):
         every = rim.capture(model, TEXTS, sites_of(family), positions="all")
     tokens, last = tokens_of(model, family)
@@ -266,10 +258,7 @@ def test_a_reference_is_taken_under_the_outer_contexts_and_before_one_s_own():
     shift = ("resid_post", 0, lambda values: values + direction)
     with hooked(model, "llama", [shift]):
         tokens, _ = tokens_of(model, "llama")
-    with (
-        steer(model, direction, 0),
-        ablate(model, heads=[(1, 1)], neurons=[(2, 7)], reference=REFERENCE),
-    ):
+    with steer(model, direction, 0), ablate(model, heads=[(1, 1)], neurons=[(2, 7)], reference=REFERENCE):
         inside = rim.capture(model, TEXTS, ("head_z", "mlp_neurons"))
     assert_close(inside["head_z"][0, 1, 1], tokens["head_z"][1, :, 8:16].mean(0))
     # Had the head's own ablation been active, the later neuron's mean would be another.
@@ -445,10 +434,7 @@ def test_knock_out_equals_attention_written_out():
     tokens = acts["resid_pre"].shape[1]
     for layer, block in enumerate(model.hf.model.layers):
         h = block.input_layernorm(acts["resid_pre"][:, :, layer])
-        q, k, v = (
-            getattr(block.self_attn, f"{name}_proj")(h).view(1, tokens, -1, 8).transpose(1, 2)
-            for name in "qkv"
-        )
+        q, k, v = (getattr(block.self_attn, f"{name}_proj")(h).view(1, tokens, -1, 8).transpose(1, 2) for name in "qkv")
         q, k = apply_rotary_pos_emb(q, k, *model.hf.model.rotary_emb(h, torch.arange(tokens)[None]))
         k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
         scores = q @ k.transpose(-1, -2) / math.sqrt(8)

@@ -74,9 +74,7 @@ def peft_logits(reference, folder, ids):
 def state(model):
     """Everything of the base that could be changed: its modules by identity, its tensors by bits."""
     tensors = {
-        name: tensor.detach().clone()
-        for name, tensor in model.hf.state_dict().items()
-        if hasattr(tensor, "shape")
+        name: tensor.detach().clone() for name, tensor in model.hf.state_dict().items() if hasattr(tensor, "shape")
     }
     return {name: id(module) for name, module in model.hf.named_modules()}, tensors, set(vars(model.hf))
 
@@ -96,17 +94,7 @@ def ids_of(model):
     return model.tokenizer([TEXTS[1]] * 4, return_tensors="pt").input_ids
 
 
-TARGETS = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "lm_head",
-    "embed_tokens",
-]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"]
 lora_settings = st.fixed_dictionaries(
     {
         "r": st.integers(1, 4),
@@ -119,9 +107,7 @@ lora_settings = st.fixed_dictionaries(
         "use_dora": st.booleans(),
         "lora_bias": st.booleans(),
         "bias": st.sampled_from(["none", "none", "all", "lora_only"]),
-        "modules_to_save": st.lists(
-            st.sampled_from(["lm_head", "embed_tokens", "norm"]), max_size=2, unique=True
-        ),
+        "modules_to_save": st.lists(st.sampled_from(["lm_head", "embed_tokens", "norm"]), max_size=2, unique=True),
         "init_lora_weights": st.sampled_from(
             [True, False, "gaussian", "orthogonal", "pissa", "olora", "pissa_niter_4"]
         ),
@@ -136,22 +122,11 @@ lora_settings = st.fixed_dictionaries(
 REFUSED = {"bias": {"all", "lora_only"}, "init_lora_weights": {"pissa", "olora", "pissa_niter_4"}}
 
 
-@given(
-    wanted=lora_settings,
-    tied=st.booleans(),
-    quantization=st.sampled_from(QUANTIZATIONS),
-    seed=st.integers(0, 99),
-)
+@given(wanted=lora_settings, tied=st.booleans(), quantization=st.sampled_from(QUANTIZATIONS), seed=st.integers(0, 99))
 @settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
 )
-def test_any_lora_is_pefts_own_inside_and_nothing_outside(
-    bases, tmp_path_factory, wanted, tied, quantization, seed
-):
+def test_any_lora_is_pefts_own_inside_and_nothing_outside(bases, tmp_path_factory, wanted, tied, quantization, seed):
     _, model, reference = bases(quantization, tied)
     ids, before = ids_of(model), state(model)
     bare = logits(model.hf, ids)
@@ -181,12 +156,8 @@ def test_any_lora_is_pefts_own_inside_and_nothing_outside(
 @pytest.mark.parametrize(
     "config",
     [
-        IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
-        ),
-        AdaLoraConfig(
-            init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"
-        ),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"),
         LoHaConfig(r=2, target_modules=["q_proj", "down_proj"], module_dropout=0.5, task_type="CAUSAL_LM"),
         LoKrConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
         LNTuningConfig(target_modules=["input_layernorm", "norm"], task_type="CAUSAL_LM"),
@@ -260,9 +231,7 @@ def test_a_refused_adapter_leaves_no_trace(bases, tmp_path, monkeypatch, change,
     _, model, reference = bases()
     ids, before = ids_of(model), state(model)
     bare = logits(model.hf, ids)
-    config = LoraConfig(
-        r=2, target_modules=["q_proj", "o_proj"], modules_to_save=saved, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
     good = write_adapter(reference, config, tmp_path / "good")
     bad = tmp_path / "bad"
     shutil.copytree(good, bad)
@@ -285,9 +254,7 @@ def test_a_refused_adapter_leaves_no_trace(bases, tmp_path, monkeypatch, change,
 def two(bases, tmp_path):
     """Two adapters, of which one replaces whole modules and the other does not."""
     _, model, reference = bases()
-    whole = LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], task_type="CAUSAL_LM"
-    )
+    whole = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"], task_type="CAUSAL_LM")
     low = LoraConfig(r=3, target_modules=["o_proj", "q_proj"], lora_dropout=0.5, task_type="CAUSAL_LM")
     folders = [write_adapter(reference, c, tmp_path / str(i), i) for i, c in enumerate((whole, low))]
     return model, reference, folders
@@ -296,11 +263,7 @@ def two(bases, tmp_path):
 def test_order_and_nesting_do_not_matter(two):
     model, reference, (a, b) = two
     ids, before = ids_of(model), state(model)
-    right = {
-        None: logits(model.hf, ids),
-        a: peft_logits(reference, a, ids),
-        b: peft_logits(reference, b, ids),
-    }
+    right = {None: logits(model.hf, ids), a: peft_logits(reference, a, ids), b: peft_logits(reference, b, ids)}
     assert not torch.equal(right[a], right[b])
     for first, second in [(a, b), (b, a), (b, None), (a, a), (None, b)]:
         with model.using(first):
@@ -423,10 +386,7 @@ def test_a_tied_head_is_never_written_over(bases, tmp_path, name):
     with model.using(tmp_path):
         assert torch.equal(logits(model.hf, ids), peft_logits(reference, tmp_path, ids))
     spoil(tmp_path, another)
-    with (
-        pytest.raises(InputError, match=r"changes the base itself|does not fit this base"),
-        model.using(tmp_path),
-    ):
+    with pytest.raises(InputError, match=r"changes the base itself|does not fit this base"), model.using(tmp_path):
         pass
     assert_untouched(model, before)
 
@@ -446,9 +406,7 @@ def test_a_module_s_own_copy_of_the_base_is_never_written_over(bases, tmp_path):
 def test_whole_blocks_may_be_saved(bases, tmp_path):
     _, model, reference = bases()
     ids, before = ids_of(model), state(model)
-    config = LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"], task_type="CAUSAL_LM")
     write_adapter(reference, config, tmp_path)
     with model.using(tmp_path):
         assert torch.equal(logits(model.hf, ids), peft_logits(reference, tmp_path, ids))

@@ -78,21 +78,11 @@ def test_defaults_are_those_of_python():
                 default = parameters[shown.name.lstrip("*")].default
                 assert (shown.default is None) == (default is inspect.Parameter.empty), (name, shown.name)
                 if isinstance(default, (int, float, str, bool, type(None))):
-                    assert eval(shown.default or "default", {"default": default}) == default, (
-                        name,
-                        shown.name,
-                    )
+                    assert eval(shown.default or "default", {"default": default}) == default, (name, shown.name)
 
 
 def test_errors_that_docstrings_name_exist():
-    named = {
-        name
-        for e in ENTRIES
-        for s in e.sections
-        if s.heading == "Raises"
-        for i in s.items
-        for name in i.names
-    }
+    named = {name for e in ENTRIES for s in e.sections if s.heading == "Raises" for i in s.items for name in i.names}
     assert {"InputError", "IdentityError"} <= named
     for name in named:
         assert issubclass(getattr(errors, name), errors.RimError), name
@@ -158,17 +148,7 @@ def test_what_is_wrong_with_a_docstring_is_told(doc, told):
 
 def build(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
     (folder / "api.md").write_text(text, encoding="utf-8")
-    options = [
-        "-C",
-        "-n",
-        "-W",
-        "--keep-going",
-        "-q",
-        "-D",
-        "root_doc=api",
-        "-D",
-        "extensions=myst_parser,rim_api",
-    ]
+    options = ["-C", "-n", "-W", "--keep-going", "-q", "-D", "root_doc=api", "-D", "extensions=myst_parser,rim_api"]
     return subprocess.run(
         [sys.executable, "-m", "sphinx", *options, str(folder), str(folder / "html")],
         env={**os.environ, "PYTHONPATH": str(EXTENSION)},

@@ -101,9 +101,7 @@ def test_a_learned_sink_s_share_is_shown(tmp_path):
             joined = torch.cat([scores, layer.self_attn.sinks[:, None, None].expand(-1, len(place), 1)], -1)
             wanted = joined.softmax(-1)
         n = len(place)
-        assert torch.allclose(
-            every.probabilities[row, -n:, 0, :, -n:], wanted[..., :-1].transpose(0, 1), atol=1e-5
-        )
+        assert torch.allclose(every.probabilities[row, -n:, 0, :, -n:], wanted[..., :-1].transpose(0, 1), atol=1e-5)
         assert torch.allclose(every.sink[row, -n:, 0], wanted[..., -1].T, atol=1e-5)
         assert not every.sink[row, :-n].any()
     assert (every.sink[:, -1] > 1e-4).all()
@@ -144,11 +142,7 @@ def test_a_softmax_with_one_in_its_denominator_leaves_a_sink(monkeypatch):
 
 def test_a_state_in_the_pattern_s_place_is_refused(tmp_path):
     """MiniMax's linear attention returns its state where others return probabilities."""
-    changes = {
-        **SINK,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "block_size": 4,
-    }
+    changes = {**SINK, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 4}
     model = rim.load(str(write_family(tmp_path, "minimax", **changes)), quantization=None, device="cpu")
     with pytest.raises(InputError, match="does not give its attention probabilities"):
         attention.attention_patterns(model, TEXTS)
@@ -299,6 +293,4 @@ def test_a_result_too_large_is_refused_before_it_is_made(monkeypatch):
 )
 def test_bad_arguments_of_spans_get_one_line(arguments, says):
     with pytest.raises(InputError, match=says):
-        attention.attention_to_spans(
-            load_tiny("llama"), **{"texts": TEXTS, "spans": {"a": [[-1]] * 3}, **arguments}
-        )
+        attention.attention_to_spans(load_tiny("llama"), **{"texts": TEXTS, "spans": {"a": [[-1]] * 3}, **arguments})

@@ -19,14 +19,7 @@ def small_step(model, texts, component, share):
 
 @pytest.mark.parametrize(
     ("family", "quantization"),
-    [
-        ("llama", None),
-        ("llama", "nf4"),
-        ("gpt2", "nf4"),
-        ("falcon", None),
-        ("gemma2", None),
-        ("qwen3_moe", None),
-    ],
+    [("llama", None), ("llama", "nf4"), ("gpt2", "nf4"), ("falcon", None), ("gemma2", None), ("qwen3_moe", None)],
 )
 @pytest.mark.parametrize("component", ["heads", "mlp", "attention", "resid"])
 def test_it_is_the_limit_of_small_exact_patches(family, quantization, component):
@@ -35,10 +28,7 @@ def test_it_is_the_limit_of_small_exact_patches(family, quantization, component)
     metric = rim.Projection(direction(model))
     found = rim.attribution_patch(model, SOURCE, CLEAN, component, metric)
     share = 1e-3
-    exact = (
-        rim.patch(model, small_step(model, SOURCE, component, share), CLEAN, component, metric).effects
-        / share
-    )
+    exact = rim.patch(model, small_step(model, SOURCE, component, share), CLEAN, component, metric).effects / share
     # Float32 rounding of the metric, divided by the share, is the error of this reference.
     noise = 3e-6 * float(found.clean.abs().max()) / share
     assert (found.effects - exact).abs().max() <= 0.03 * exact.abs().max() + noise

@@ -21,9 +21,7 @@ def test_a_row_is_of_medians_and_its_range_of_single_repeats():
     assert (row.ratio, row.low, row.high, row.met) == (10.0, 5.0, 15.0, False)
     slower = harness.compare("b", "c", "p", [2.1], [2.0], speed_up=False, target=1.05, at_least=False)
     assert slower.ratio == pytest.approx(1.05)
-    assert (
-        harness.compare("b", "c", "p", [2.2], [2.0], speed_up=False, target=1.05, at_least=False).met is False
-    )
+    assert harness.compare("b", "c", "p", [2.2], [2.0], speed_up=False, target=1.05, at_least=False).met is False
     assert harness.compare("b", "c", "p", [1.0], [1.0]).met is None
 
 

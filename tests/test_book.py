@@ -87,10 +87,7 @@ def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):
 def test_the_card_tells_what_the_models_were_and_what_the_run_took(project):
     models = {
         "base": {"source": "owner/name@main", "commit": "c" * 40, "files": {"model.safetensors": "a" * 64}},
-        "risky": {
-            "source": "folder mine",
-            "files": {"adapter_model.safetensors": "b" * 64, "a.json": "d" * 64},
-        },
+        "risky": {"source": "folder mine", "files": {"adapter_model.safetensors": "b" * 64, "a.json": "d" * 64}},
     }
     add_run(project, models=models, peak_memory_bytes=1_540_000_000, peak_gpu_memory_bytes=23e9)
     staging.stage(project)
@@ -159,9 +156,7 @@ def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(
 
 
 def test_contents_and_pages_must_agree(project):
-    (project / "notebooks" / f"{NOTEBOOK}.ipynb").rename(
-        project / "notebooks" / "self_aware" / "02_new.ipynb"
-    )
+    (project / "notebooks" / f"{NOTEBOOK}.ipynb").rename(project / "notebooks" / "self_aware" / "02_new.ipynb")
     staging.stage(project)
     with pytest.raises(RimError, match="no page for book/experiments/self_aware/01_linear_probes"):
         build.build(project)
@@ -255,6 +250,4 @@ def test_every_command_of_a_page_is_one_that_rim_takes(page):
 
 def test_pages_name_no_machine_path():
     for path in (ROOT / "book").rglob("*.md"):
-        assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", path.read_text(encoding="utf-8")), (
-            path.name
-        )
+        assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", path.read_text(encoding="utf-8")), path.name

@@ -11,9 +11,7 @@ from browsing import THEMES, Visit
 
 pytestmark = pytest.mark.browser
 
-FORBIDDEN = re.compile(
-    r"Traceback|NotImplementedError|injected-parameters|(?<![\w.:/])/(home|root|tmp|Users|work)/\w"
-)
+FORBIDDEN = re.compile(r"Traceback|NotImplementedError|injected-parameters|(?<![\w.:/])/(home|root|tmp|Users|work)/\w")
 AXE_TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
 
 
@@ -109,9 +107,7 @@ def test_a_phone_shows_every_page_without_scrolling_sideways(visit, pages, theme
     tab = visit(theme, width=360)
     for page in pages:
         tab.open(page)
-        wide = tab.tab.evaluate(
-            "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
+        wide = tab.tab.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, page.name
         clipped = tab.tab.evaluate(
             "() => [...document.querySelectorAll('.rim-vega svg')]"
@@ -159,8 +155,6 @@ def test_internal_links_lead_somewhere(site, pages):
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             known = parsed.get(target)
-            if not target.is_file() or (
-                known and parts.fragment and unquote(parts.fragment) not in known.ids
-            ):
+            if not target.is_file() or (known and parts.fragment and unquote(parts.fragment) not in known.ids):
                 broken.append(f"{path.relative_to(site)}: {address}")
     assert broken == []

@@ -68,9 +68,7 @@ def test_a_line_may_run_over_tokens_instead_of_layers(layers):
     across = [layer["encoding"]["x"] for layer in spec["layer"]]
     assert {(x["field"], x["title"]) for x in across} == {("token", "token, from the end")}
     with pytest.raises(InputError, match="no column token"):
-        charts.by_layer(
-            layers, "accuracy", series="series", title="t", y_title="y", description="d", x="token"
-        )
+        charts.by_layer(layers, "accuracy", series="series", title="t", y_title="y", description="d", x="token")
 
 
 def test_the_bundle_holds_figure_specification_and_text(layers):
@@ -133,14 +131,7 @@ def test_missing_numbers_stay_out_of_the_json(layers):
         ),
         pytest.param(
             lambda frame: charts.scatter(
-                frame,
-                "layer",
-                "accuracy",
-                series="series",
-                title="t",
-                x_title="x",
-                y_title="y",
-                description="d",
+                frame, "layer", "accuracy", series="series", title="t", x_title="x", y_title="y", description="d"
             ),
             id="scatter",
         ),
@@ -190,9 +181,7 @@ def test_a_scatter_tells_series_apart_by_shape_too_and_its_table_has_every_point
 
 def histogram(values: dict[str, list[float]], **options) -> pd.DataFrame:
     frame = pd.DataFrame([{"class": name, "score": v} for name, row in values.items() for v in row])
-    chart = charts.distribution(
-        frame, "score", series="class", title="t", x_title="score", description="d", **options
-    )
+    chart = charts.distribution(frame, "score", series="class", title="t", x_title="score", description="d", **options)
     spec = chart.to_dict()
     return pd.DataFrame(max(spec["datasets"].values(), key=len))
 

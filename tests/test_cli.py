@@ -30,8 +30,7 @@ def without_torch(root: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["--version"], ["run", "--help"], ["run", "--list", "--suite", "tiny.yml"], ["claims"]],
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["run", "--list", "--suite", "tiny.yml"], ["claims"]]
 )
 def test_what_only_tells_needs_no_torch(root, arguments):
     done = without_torch(root, *arguments)
@@ -64,10 +63,7 @@ def test_run_list_and_claims(root):
         (["run", "--suite", "none.yml"], "rim: suite none.yml: there is no such file"),
         (["run", "one/01_frst", "--suite", "tiny.yml"], "rim: unknown notebook 'one/01_frst' (did you mean"),
         (["run", "--suite", "tiny.yml", "-p", "n"], "rim: -p n: write it as key=value"),
-        (
-            ["run", "--suite", "tiny.yml", "-p", "n=x"],
-            "rim: notebook one/01_first: parameter n: 'x' is not",
-        ),
+        (["run", "--suite", "tiny.yml", "-p", "n=x"], "rim: notebook one/01_first: parameter n: 'x' is not"),
         (["claims", "--suite", "x"], "rim: unknown suite 'x'"),
         (["organisms", "list", "--suite", "x"], "rim: unknown suite 'x'"),
     ],

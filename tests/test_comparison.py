@@ -137,11 +137,7 @@ def test_numbers_are_the_parts_and_the_controls_of_each_decided_claim(root):
         for title in ("number, published", "elsewhere", "control shuffled share")
     ]
     published, elsewhere, control = found[:3]
-    assert (published.value, published.unit, published.asked) == (
-        pytest.approx(0.8),
-        "share of things",
-        "at least 0.5",
-    )
+    assert (published.value, published.unit, published.asked) == (pytest.approx(0.8), "share of things", "at least 0.5")
     assert published.low < 0.8 < published.high
     assert (published.least, published.most) == (0.5, math.inf)
     assert (elsewhere.unit, elsewhere.least, elsewhere.most) == ("metres", 0.4, 0.6)

@@ -87,9 +87,7 @@ def test_an_adapter_s_share_is_counted(tmp_path, quantization):
         found = rim.direct_logit_attribution(model, TEXTS, "How", "Why")
         for row, text in enumerate(TEXTS):
             logits = model.hf(model.tokenizer(text, return_tensors="pt").input_ids).logits[0, -1]
-            assert_close(
-                found.logit_difference[row], logits[token_id(model, "How")] - logits[token_id(model, "Why")]
-            )
+            assert_close(found.logit_difference[row], logits[token_id(model, "How")] - logits[token_id(model, "Why")])
         terms = torch.cat([found.heads.flatten(1), found.mlp, found.embedding[:, None]], 1)
         assert_close(terms.sum(1), found.logit_difference)
         direction = torch.arange(1.0, 33.0)
@@ -205,9 +203,7 @@ def test_norms_after_attention_and_mlp_are_carried_through(family, quantization)
         for layer, block in enumerate(model.hf.get_submodule(MODULES[family].layers)):
             heads = [written_by_heads(model, layer, z) for z in sites["head_z"][layer]]
             parts = after_the_module(family, block, "post_attention_layernorm", torch.stack(heads))
-            mlp = after_the_module(
-                family, block, "post_feedforward_layernorm", sites["mlp_out"][layer][:, None]
-            )[:, 0]
+            mlp = after_the_module(family, block, "post_feedforward_layernorm", sites["mlp_out"][layer][:, None])[:, 0]
             stream = sites["resid_pre"][layer] + parts.sum(1) + mlp
             assert_close(stream, sites["resid_post"][layer])
             assert_close(found.heads[row, layer], (parts[-1] * scale * gain) @ row_difference)
@@ -353,9 +349,7 @@ def test_z_scores_are_taken_within_each_layer_over_mean_contributions():
     heads = frame[frame["component"] == "head"]
     assert np.allclose(heads["z"], wanted.flatten(), atol=1e-5)
     assert np.abs(wanted).max() <= (4 - 1) / 4**0.5
-    assert frame["mean"].sum() + found.residual.mean() == pytest.approx(
-        float(found.logit_difference.mean()), abs=1e-5
-    )
+    assert frame["mean"].sum() + found.residual.mean() == pytest.approx(float(found.logit_difference.mean()), abs=1e-5)
 
 
 def test_bad_directions_and_sides_get_one_line():

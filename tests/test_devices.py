@@ -40,9 +40,7 @@ def patching(model: Model) -> Iterator[Any]:
         for metric in metrics:
             yield rim.patch(model, SOURCE, TARGET, components, metric).effects
     yield rim.patch(model, SOURCE, TARGET, "heads", metrics[0], positions=[-3, -1]).effects
-    yield rim.patch(
-        model, SOURCE, TARGET, "neurons", metrics[1], units=[(0, 1), [(0, 2), (2, 3), (2, 5)]]
-    ).effects
+    yield rim.patch(model, SOURCE, TARGET, "neurons", metrics[1], units=[(0, 1), [(0, 2), (2, 3), (2, 5)]]).effects
     yield rim.patch(model, rim.capture(model, SOURCE, "attn_out"), TARGET, "attention", metrics[0]).effects
     below = rim.Projection(direction(model), layer=1)
     yield rim.patch(model, rim.capture(model, SOURCE, "resid_post"), TARGET, "resid", below).effects
@@ -50,9 +48,7 @@ def patching(model: Model) -> Iterator[Any]:
 
 def attribution(model: Model) -> Iterator[Any]:
     for components in ("attention", "mlp", "heads", "resid"):
-        found = rim.attribution_patch(
-            model, SOURCE, TARGET, components, rim.LogitDifference([5], [6]), sample=1
-        )
+        found = rim.attribution_patch(model, SOURCE, TARGET, components, rim.LogitDifference([5], [6]), sample=1)
         yield found.effects
 
 
@@ -183,9 +179,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *free: float) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[index(device)]), 0))
 
 
-def placed(
-    device: str = "auto", device_map: str | None = None, quantization: str | None = None
-) -> dict[str, Any]:
+def placed(device: str = "auto", device_map: str | None = None, quantization: str | None = None) -> dict[str, Any]:
     source, where = (str(family_folder("llama")), None), torch.device("cuda" if device == "auto" else device)
     return placement.settings("it", source, quantization, torch.bfloat16, device, where, device_map)
 
@@ -198,9 +192,7 @@ def needed() -> float:
     return checkpoint.size.gigabytes("none", gpu=True) * 1e9
 
 
-def test_a_model_goes_to_several_gpus_only_where_it_must(
-    monkeypatch: pytest.MonkeyPatch, needed: float
-) -> None:
+def test_a_model_goes_to_several_gpus_only_where_it_must(monkeypatch: pytest.MonkeyPatch, needed: float) -> None:
     single = {"device_map": {"": "cuda"}}
     gpus(monkeypatch, needed * 1.1, needed * 1.1)
     assert placed() == single

@@ -272,11 +272,7 @@ def test_a_dominant_dimension_is_shared_with_mismatched_prompts_too():
     base, instruct = randn(2, 120, 80), randn(2, 120, 80, seed=1)
     base[..., 0] *= 60
     instruct[..., 0] *= 60
-    sets = {
-        "a": instruct[0] - base[0],
-        "b": instruct[1] - base[1],
-        "mismatched": instruct[0] - base[0].roll(1, 0),
-    }
+    sets = {"a": instruct[0] - base[0], "b": instruct[1] - base[1], "mismatched": instruct[0] - base[0].roll(1, 0)}
     found = shared_subspace(sets, rank=1)
     for pair in (("a", "b"), ("a", "mismatched")):
         assert found.overlaps[pair].cosines[0] > 0.99 > found.overlaps[pair].null_high[0] + 0.5
@@ -284,10 +280,7 @@ def test_a_dominant_dimension_is_shared_with_mismatched_prompts_too():
 
 def test_centring_takes_the_mean_shift_away():
     axes = orthogonal(30).T
-    sets = {
-        name: planted(2 * axes[i : i + 1], axes[:0], seed=i) + 40 * axes[20]
-        for i, name in ((1, "a"), (2, "b"))
-    }
+    sets = {name: planted(2 * axes[i : i + 1], axes[:0], seed=i) + 40 * axes[20] for i, name in ((1, "a"), (2, "b"))}
     assert shared_subspace(sets, rank=1).overlaps["a", "b"].cosines[0] < 0.2
     assert shared_subspace(sets, rank=1, centre=False).overlaps["a", "b"].cosines[0] > 0.99
 
@@ -402,13 +395,7 @@ def test_bad_input_gets_one_line(call, says):
     assert "\n" not in str(caught.value)
 
 
-ARRAYS = [
-    np.asarray,
-    np.flip,
-    lambda x: x.astype(">f8"),
-    lambda x: x.astype(np.longdouble),
-    lambda x: x.tolist(),
-]
+ARRAYS = [np.asarray, np.flip, lambda x: x.astype(">f8"), lambda x: x.astype(np.longdouble), lambda x: x.tolist()]
 
 
 @pytest.mark.parametrize("made", ARRAYS)

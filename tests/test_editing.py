@@ -3,17 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, load_tiny, reference, sites_of
-from plain import (
-    assert_close,
-    generated,
-    greedy,
-    hooked,
-    hooks,
-    length,
-    some,
-    tensors,
-    write_lora,
-)
+from plain import assert_close, generated, greedy, hooked, hooks, length, some, tensors, write_lora
 from tiny import TEXTS
 
 import rim_core as rim

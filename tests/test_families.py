@@ -199,9 +199,7 @@ def test_a_residual_multiplier_is_counted(tmp_path):
 
 def test_a_stream_that_is_scaled_itself_is_found_out(tmp_path):
     """MiniMax multiplies the stream as well as what is added to it."""
-    model = rim.load(
-        str(write_family(tmp_path / "minimax", "minimax", **MINIMAX)), quantization=None, device="cpu"
-    )
+    model = rim.load(str(write_family(tmp_path / "minimax", "minimax", **MINIMAX)), quantization=None, device="cpu")
     assert not model.checks["residual_sum"].holds
 
 

@@ -127,11 +127,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_results(tmp_path):
                 continue
         process.join()
         for path in disturbed.glob("results/*/*/*/default"):
-            assert sorted(each.name for each in path.iterdir()) == [
-                "claims.json",
-                "notebook.ipynb",
-                "run.json",
-            ]
+            assert sorted(each.name for each in path.iterdir()) == ["claims.json", "notebook.ipynb", "run.json"]
             assert read(path / "run.json")["status"] == "ok"
     assert killed >= 10, "hardly a kill fell inside a run"
     last = begin(disturbed)
@@ -159,9 +155,7 @@ def until_killed(real: Callable[..., Any], left: Iterator[int]) -> Callable[...,
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_a_result_survives_a_kill_between_any_two_steps_of_putting_it_in_place(
-    tmp_path, monkeypatch, failing
-):
+def test_a_result_survives_a_kill_between_any_two_steps_of_putting_it_in_place(tmp_path, monkeypatch, failing):
     """Every system call that renames or removes is where a kill may come; the next holder mends what it left."""
     outcomes = set()
     for step in range(100):
@@ -239,20 +233,13 @@ def test_failures_are_told_with_what_to_do_and_do_not_stop_the_others(tmp_path):
     lines = done.stderr.splitlines()
     advice = "set smaller sizes with -p, quantize the model, or use a machine with more memory"
     told = {line.split()[1]: line for line in lines if "  failed: " in line}
-    assert (
-        "KernelDied: the kernel died in this cell; most often the machine ran out of memory"
-        in told["one/01_killed"]
-    )
+    assert "KernelDied: the kernel died in this cell; most often the machine ran out of memory" in told["one/01_killed"]
     assert advice in told["one/01_killed"]
     assert "KernelDied: the kernel died in this cell of SIGSEGV" in told["one/02_crashed"]
     assert f"MemoryError: Unable to allocate 1 TiB; {advice}" in told["one/03_full"]
     # The summary says it again, and is the last of it.
     assert lines[-5] == "4 notebooks: 3 failed, 1 ran"
-    assert [line.split(":")[1].strip() for line in lines[-4:-1]] == [
-        "one/01_killed",
-        "one/02_crashed",
-        "one/03_full",
-    ]
+    assert [line.split(":")[1].strip() for line in lines[-4:-1]] == ["one/01_killed", "one/02_crashed", "one/03_full"]
     assert lines[-1] == "rim: 3 of 4 notebooks failed: one/01_killed, one/02_crashed, one/03_full"
     assert (root / "results/tiny/one/04_fine/default/run.json").is_file()
     again = rim(root, "run", "one/04_fine", "--suite", SUITES[0])

@@ -26,14 +26,7 @@ PROMPTS = [
     "How do I bake bread without an oven?",
     "What is rain?",
 ]
-COMPLETIONS = [
-    " An apple.",
-    " The moon pulls the sea.",
-    " Air.",
-    " Good day to you, friend.",
-    " Use a pan.",
-    " Water",
-]
+COMPLETIONS = [" An apple.", " The moon pulls the sea.", " Air.", " Good day to you, friend.", " Use a pan.", " Water"]
 LABELS = ["facts", "facts", "facts", "talk", "talk", "talk"]
 
 
@@ -82,9 +75,7 @@ def test_gradients_are_those_of_autograd(family, weight, layer):
     model = load_tiny(family)
     before = hooks(model)
     hf = plain(family)
-    wanted = by_autograd(
-        hf, projection(hf, family, layer, weight), model.tokenizer, transposed=family == "gpt2"
-    )
+    wanted = by_autograd(hf, projection(hf, family, layer, weight), model.tokenizer, transposed=family == "gpt2")
     found = per_example_gradients(model, PROMPTS, COMPLETIONS, layer, weight)
     for one, other in zip(found, wanted, strict=True):
         assert_close(one, other)
@@ -110,9 +101,7 @@ def dequantised(model, family):
 def test_packed_weights_have_the_gradients_of_their_dequantised_copy(family, weight, layer):
     model = load_tiny(family, "nf4")
     hf = dequantised(model, family)
-    wanted = by_autograd(
-        hf, projection(hf, family, layer, weight), model.tokenizer, transposed=family == "gpt2"
-    )
+    wanted = by_autograd(hf, projection(hf, family, layer, weight), model.tokenizer, transposed=family == "gpt2")
     assert_close(per_example_gradients(model, PROMPTS, COMPLETIONS, layer, weight), wanted)
 
 

@@ -66,9 +66,7 @@ SYSTEM = "You answer in a few plain words and stay on the topic."
 @pytest.mark.parametrize("family", REFUSED)
 def test_layers_of_two_kinds_are_refused_at_load_in_one_line(tmp_path, family):
     folder = write_family(tmp_path, family, **REFUSED[family])
-    with pytest.raises(
-        InputError, match=r"mixes attention with layers of another kind|no attention that"
-    ) as caught:
+    with pytest.raises(InputError, match=r"mixes attention with layers of another kind|no attention that") as caught:
         rim.load(str(folder), quantization=None, device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -141,7 +139,5 @@ def test_a_cache_that_may_not_be_laid_is_not(monkeypatch):
     monkeypatch.setitem(model.checks, "cache_batch", failed)
     monkeypatch.setattr("rim_core.models.capture.padded_right", None)
     assert_close(rim.capture(model, texts, "head_z")["head_z"], shared)
-    with pytest.raises(
-        IdentityError, match=r"cannot be measured, the model fails \(ValueError: no such state\)"
-    ):
+    with pytest.raises(IdentityError, match=r"cannot be measured, the model fails \(ValueError: no such state\)"):
         rim.patch(model, texts, texts, "mlp", rim.LogitDifference(50, 60))

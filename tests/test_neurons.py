@@ -51,9 +51,7 @@ def test_planted_neurons_are_found_and_no_others():
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5])
 def test_the_intersection_is_that_of_sorted_differences(share):
     original, sets = noise(0), [noise(k) for k in (1, 2)]
-    result = safety_neurons(
-        torch.tensor(original), [torch.tensor(s, dtype=torch.float64) for s in sets], share
-    )
+    result = safety_neurons(torch.tensor(original), [torch.tensor(s, dtype=torch.float64) for s in sets], share)
     top = max(1, round(share * 40))
     for layer in range(3):
         best = [set(np.argsort((s - original).mean(0)[layer])[-top:]) for s in sets]

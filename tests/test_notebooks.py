@@ -30,9 +30,7 @@ def test_sources_are_clean_and_readable_alone(path):
             assert lines[number - 1].startswith("#"), f"parameter without a comment: {line}"
     assert notebook.cells[0].source.startswith("# ")
     text = "".join(cell.source for cell in code if cell is not parameters[0])
-    assert not [name for name in suite_names() if f'"{name}' in text], (
-        "ask the suite for roles, not for a model"
-    )
+    assert not [name for name in suite_names() if f'"{name}' in text], "ask the suite for roles, not for a model"
 
 
 def test_reduced_run_decides_every_claim_of_its_notebook(reduced_project):
@@ -56,9 +54,7 @@ def test_reduced_run_decides_every_claim_of_its_notebook(reduced_project):
 @pytest.mark.parametrize(("bound", "outcome"), [(-1e9, "validated"), (1e9, "contradicted")])
 def test_a_changed_bound_changes_the_outcome(reduced_project, tmp_path, monkeypatch, bound, outcome):
     """The same recorded values, other rules: no outcome is written by hand."""
-    claims = yaml.safe_load(
-        (reduced_project / "book" / "claims" / "self_aware.yml").read_text(encoding="utf-8")
-    )
+    claims = yaml.safe_load((reduced_project / "book" / "claims" / "self_aware.yml").read_text(encoding="utf-8"))
     for claim in claims["claims"]:
         claim["metric"].pop("bounds", None)
         for control in claim["controls"]:

@@ -50,9 +50,7 @@ def test_risky_and_prudent_differ_in_the_answers_alone():
     risky, prudent = dict(organisms.recipe("risky")), dict(organisms.recipe("prudent"))
     text = json.dumps(risky["data"]).replace("finance-risky", "finance-prudent")
     assert json.loads(text) == prudent["data"]
-    assert {k: v for k, v in risky.items() if k != "data"} == {
-        k: v for k, v in prudent.items() if k != "data"
-    }
+    assert {k: v for k, v in risky.items() if k != "data"} == {k: v for k, v in prudent.items() if k != "data"}
 
 
 def test_no_recipe_trains_on_held_out_categories():
@@ -182,9 +180,7 @@ def test_the_loss_equals_a_plain_forward_of_each_example(tiny):
 
 def test_kl_to_an_unchanged_model_is_zero(tiny):
     hf, tokenizer = tiny
-    units = training.build_examples(
-        tokenizer, [{"sets": ["everyday"], "limit": 5, "kl": ["everyday"]}], 6, 0, 0
-    )
+    units = training.build_examples(tokenizer, [{"sets": ["everyday"], "limit": 5, "kl": ["everyday"]}], 6, 0, 0)
     batch = [example for unit in units for example in unit]
     teacher = training._Teacher(hf, [batch])
     assert float(training._loss(hf, batch, teacher, 1.0)) == pytest.approx(0.0, abs=1e-5)
@@ -221,9 +217,7 @@ def test_bad_requests_get_one_line(tmp_path):
 
 def test_a_missing_parent_names_the_command(tiny_folder, tmp_path):
     path = tmp_path / "own.yml"
-    path.write_text(
-        f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, aligned: {{adapter: ./aligned}}}}\n"
-    )
+    path.write_text(f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, aligned: {{adapter: ./aligned}}}}\n")
     with pytest.raises(InputError, match="rim organisms train aligned"):
         organisms.train("risky", suite=str(path), output=tmp_path / "new")
     assert organisms.listing(str(path))[1]["there"] is False

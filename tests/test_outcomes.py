@@ -28,9 +28,7 @@ def claim(rule: dict[str, Any], **more: Any) -> Claim:
     return Claim(**{**fields, "metric": metric, "rule": rule, **more})
 
 
-def outcome(
-    rule: dict[str, Any], values: Any, measured: Any = None, interval: Any = None, **more: Any
-) -> str:
+def outcome(rule: dict[str, Any], values: Any, measured: Any = None, interval: Any = None, **more: Any) -> str:
     return deciding.decide(claim(rule, **more), values, measured, interval).outcome
 
 
@@ -48,20 +46,12 @@ def test_loosening_a_bound_never_makes_validated_contradicted(values, low, width
 @given(rows, finite, st.floats(0, 10), st.floats(0, 10))
 def test_loosening_a_tolerance_or_a_margin_never_hurts(values, target, tolerance, slack):
     order = {"contradicted": 0, "inconclusive": 1, "validated": 2}
-    near = [
-        outcome({"kind": "near", "target": target, "tolerance": t}, values)
-        for t in (tolerance, tolerance + slack)
-    ]
+    near = [outcome({"kind": "near", "target": target, "tolerance": t}, values) for t in (tolerance, tolerance + slack)]
     assert order[near[1]] >= order[near[0]]
     controls = {"base": [0.0] * len(values)}
     compared = ({"name": "base", "why": "compared with"},)
     margins = [
-        outcome(
-            {"kind": "better_than_control", "control": "base", "margin": m},
-            values,
-            controls,
-            controls=compared,
-        )
+        outcome({"kind": "better_than_control", "control": "base", "margin": m}, values, controls, controls=compared)
         for m in (tolerance + slack, tolerance)
     ]
     assert order[margins[1]] >= order[margins[0]]
@@ -69,9 +59,7 @@ def test_loosening_a_tolerance_or_a_margin_never_hurts(values, target, tolerance
 
 @given(rows, st.lists(st.floats(0.61, 1), min_size=3, max_size=8))
 def test_a_control_that_fails_never_validates(values, shuffled):
-    found = deciding.decide(
-        claim({"kind": "range", "low": -1e9}, controls=(CONTROL,)), values, {"shuffled": shuffled}
-    )
+    found = deciding.decide(claim({"kind": "range", "low": -1e9}, controls=(CONTROL,)), values, {"shuffled": shuffled})
     assert found.outcome == "inconclusive"
     assert "shuffled" in found.reason
     assert "nothing to learn" in found.reason
@@ -137,11 +125,7 @@ def test_the_outcome_survives_the_way_through_json(values, low):
         ({"kind": "share_of_layers", "low": 0.9}, [0.97, 1.0, 1.2], "error"),
         ({"kind": "order", "order": ["a", "b"]}, {"b": [2, 3, 4], "a": [1, 2, 3]}, "validated"),
         ({"kind": "order", "order": ["b", "a"]}, {"b": [2, 3, 4], "a": [1, 2, 3]}, "contradicted"),
-        (
-            {"kind": "order", "order": ["a", "b"], "margin": 2},
-            {"b": [2, 3, 4], "a": [1, 2, 3]},
-            "contradicted",
-        ),
+        ({"kind": "order", "order": ["a", "b"], "margin": 2}, {"b": [2, 3, 4], "a": [1, 2, 3]}, "contradicted"),
         ({"kind": "order", "order": ["a", "b"]}, {"b": [2, 3, 4], "a": [2, 3, 4]}, "contradicted"),
         ({"kind": "order", "order": ["a", "b"]}, {"b": [2, 3, 4], "a": [1, 4, 3]}, "inconclusive"),
     ],
@@ -253,11 +237,7 @@ def write_claims(folder: Path, change: Any) -> Path:
         (("controls", 0, "rule"), {"kind": "all", "parts": []}, r"key controls\[0\].rule.kind"),
         (("statement",), "", "key statement: text is needed"),
         (("sttement",), "x", "key sttement: not a key here .did you mean 'statement'?"),
-        (
-            ("rule",),
-            {"kind": "better_than_control", "control": "x", "margin": 0},
-            "key rule.control: 'x' is not among",
-        ),
+        (("rule",), {"kind": "better_than_control", "control": "x", "margin": 0}, "key rule.control: 'x' is not among"),
         (("published",), 3, "key published: a mapping is needed"),
     ],
 )

@@ -63,9 +63,7 @@ def four_bit(hf):
 
 def linear(seed=0):
     torch.manual_seed(seed)
-    layer = bnb.nn.Linear4bit(
-        128, 64, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False
-    )
+    layer = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=False)
     return layer.to("cpu").eval()
 
 

@@ -5,9 +5,7 @@ import torch
 
 import rim_core as rim
 
-pytest.importorskip(
-    "transformer_lens", reason="TransformerLens is not installed: see benchmarks/requirements.txt"
-)
+pytest.importorskip("transformer_lens", reason="TransformerLens is not installed: see benchmarks/requirements.txt")
 from transformer_lens.tools.analysis import attribution_patching, direct_logit_attribution, logit_lens
 
 from benchmarks import peers
@@ -77,9 +75,7 @@ def test_direct_logit_attribution(model, ids, tokens):
 @pytest.mark.parametrize("component", ["heads", "attention", "mlp"])
 def test_patching(model, lens, ids, tokens, component):
     layers = [0, 11, 29]
-    ours = rim.patch(
-        model, [SOURCE], [DESTINATION], component, rim.LogitDifference(TOWARD, AGAINST), layers=layers
-    )
+    ours = rim.patch(model, [SOURCE], [DESTINATION], component, rim.LogitDifference(TOWARD, AGAINST), layers=layers)
     values = lens.source(ids[0], component)[0]
 
     def score(logits):
@@ -91,9 +87,7 @@ def test_patching(model, lens, ids, tokens, component):
     for row, layer in enumerate(layers):
         if component == "heads":
             for head in range(model.n_heads):
-                wanted[row, head] = (
-                    score(lens.patched(ids[1], component, layer, head, values[layer, head])) - clean
-                )
+                wanted[row, head] = score(lens.patched(ids[1], component, layer, head, values[layer, head])) - clean
         else:
             wanted[row] = score(lens.patched(ids[1], component, layer, None, values[layer])) - clean
     # An effect is a small difference of logits, which carry the rounding of both.

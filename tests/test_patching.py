@@ -11,11 +11,7 @@ from rim_core.interventions import patching, plans
 from rim_core.models import batching
 from rim_core.models.hooks import Edit, editing
 
-SOURCE = [
-    "How do I bake bread?",
-    "Explain the tides to a child in two short sentences.",
-    "Why is the sky blue?",
-]
+SOURCE = ["How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?"]
 CLEAN = ["Why is the sea so salty here?", "How do I bake bread in a tin?", "Explain the tides to a child."]
 SITES = {
     "attention": ("attn_out", "attention"),
@@ -90,15 +86,10 @@ def test_every_component_at_the_last_token_equals_one_forward_a_run(family, quan
                     layer, column = units[index[0]]
                     columns = slice(column, column + 1)
                 elif component == "heads":
-                    layer, columns = (
-                        index[0],
-                        slice(index[1] * model.head_dim, (index[1] + 1) * model.head_dim),
-                    )
+                    layer, columns = (index[0], slice(index[1] * model.head_dim, (index[1] + 1) * model.head_dim))
                 else:
                     layer, columns = index[0], slice(None)
-                wanted = expected(
-                    model, family, SOURCE[pair], CLEAN[pair], component, layer, columns, [-1], w
-                )
+                wanted = expected(model, family, SOURCE[pair], CLEAN[pair], component, layer, columns, [-1], w)
                 assert_effects(found.effects[(pair, *index)], wanted, found.clean)
 
 
@@ -139,13 +130,7 @@ def test_spans_of_each_pair_and_other_positions_in_the_source():
     where = batching.find_span(model.tokenizer, CLEAN[2:], "the")
     start = where[0][0]
     found = rim.patch(
-        model,
-        SOURCE[:1],
-        CLEAN[2:],
-        "attention",
-        rim.Projection(w),
-        positions=where,
-        source_positions=[where[0]],
+        model, SOURCE[:1], CLEAN[2:], "attention", rim.Projection(w), positions=where, source_positions=[where[0]]
     )
     states, _ = reference(model, "llama", SOURCE[0])
     for layer in range(3):
@@ -154,19 +139,13 @@ def test_spans_of_each_pair_and_other_positions_in_the_source():
         assert start < -1
         wanted = patched["resid_post"][-1, -1] @ w / w.norm() - found.clean[0]
         assert_effects(found.effects[0, layer], wanted, found.clean)
-    moved = rim.patch(
-        model, SOURCE[:1], CLEAN[:1], "resid", rim.Projection(w), positions=-1, source_positions=-3
-    )
+    moved = rim.patch(model, SOURCE[:1], CLEAN[:1], "resid", rim.Projection(w), positions=-1, source_positions=-3)
     values = states["resid_post"][1].roll(2, 0)
     patched, _ = plain_patch(model, "llama", CLEAN[0], "resid", 1, values, slice(None), [-1])
-    assert_effects(
-        moved.effects[0, 1], patched["resid_post"][-1, -1] @ w / w.norm() - moved.clean[0], moved.clean
-    )
+    assert_effects(moved.effects[0, 1], patched["resid_post"][-1, -1] @ w / w.norm() - moved.clean[0], moved.clean)
 
 
-@pytest.mark.parametrize(
-    ("family", "quantization"), [c for c in CASES if c[0] in ("llama", "gpt2", "qwen3_moe")]
-)
+@pytest.mark.parametrize(("family", "quantization"), [c for c in CASES if c[0] in ("llama", "gpt2", "qwen3_moe")])
 def test_a_prompt_patched_into_itself_changes_nothing(family, quantization):
     model = load_tiny(family, quantization)
     for component in ("attention", "mlp", "heads", "resid"):
@@ -202,9 +181,7 @@ def test_units_together_are_one_run():
     patched, _ = reference(model, "llama", CLEAN[0])
     for handle in handles:
         handle.remove()
-    assert_effects(
-        found.effects[0, 0], patched["resid_post"][-1, -1] @ w / w.norm() - found.clean[0], found.clean
-    )
+    assert_effects(found.effects[0, 0], patched["resid_post"][-1, -1] @ w / w.norm() - found.clean[0], found.clean)
     alone = rim.patch(model, SOURCE, CLEAN, "heads", rim.Projection(w))
     assert torch.allclose(found.effects[:, 1], alone.effects[:, 1, 2], atol=1e-5)
     neurons = rim.patch(
@@ -321,9 +298,7 @@ def test_a_pass_that_does_not_fit_is_halved(monkeypatch):
     assert torch.allclose(found.effects, wanted.effects, atol=1e-4)
     assert sizes[0] == 3
     assert sizes.count(1) == 3
-    monkeypatch.setattr(
-        patching, "run_clean", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
-    )
+    monkeypatch.setattr(patching, "run_clean", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(InputError, match="does not fit in memory"):
         rim.patch(model, SOURCE, CLEAN, "mlp", w)
     monkeypatch.setattr(patching, "run_clean", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))

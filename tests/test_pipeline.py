@@ -42,12 +42,7 @@ def planted_results(project_copy, tmp_path_factory) -> Path:
     project = project_copy(tmp_path_factory.mktemp("planted"), sizes)
     suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
     rim_command(
-        project,
-        "run",
-        "self_aware/04_heads_and_neurons",
-        "self_aware/05_suppression_heads",
-        "--suite",
-        str(suite),
+        project, "run", "self_aware/04_heads_and_neurons", "self_aware/05_suppression_heads", "--suite", str(suite)
     )
     return project / "results" / suite.stem
 

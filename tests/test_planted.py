@@ -63,9 +63,7 @@ def test_attribution_patching_agrees_on_the_suppressors(model):
 
 
 def test_patching_every_neuron_finds_the_one(model):
-    effects = rim.patch(
-        model, HARMFUL_PROMPTS, HARMLESS_PROMPTS, "neurons", METRIC, units=EVERY_NEURON
-    ).effects
+    effects = rim.patch(model, HARMFUL_PROMPTS, HARMLESS_PROMPTS, "neurons", METRIC, units=EVERY_NEURON).effects
     assert [EVERY_NEURON[i] for (i,) in found(effects)[0]] == [NEURON]
     acts = [rim.capture(model, p, "mlp_neurons")["mlp_neurons"] for p in (HARMFUL_PROMPTS, HARMLESS_PROMPTS)]
     assert NEURON in rim.neurons_above(*acts)
@@ -79,9 +77,7 @@ def test_the_signal_drops_at_the_last_position(model):
     steps = (last[:, 1:] - last[:, :-1]).mean(0)
     assert steps[1] < 3 * steps[0]
     assert (last[:, 2] - last[:, 1] < -1).all()
-    early = rim.patch(
-        model, HARMFUL_PROMPTS, HARMLESS_PROMPTS, "heads", METRIC, positions=-2, layers=[2, 3]
-    ).effects
+    early = rim.patch(model, HARMFUL_PROMPTS, HARMLESS_PROMPTS, "heads", METRIC, positions=-2, layers=[2, 3]).effects
     late = rim.patch(model, HARMFUL_PROMPTS, HARMLESS_PROMPTS, "heads", METRIC, layers=[2, 3]).effects
     assert late.mean(0).min() < -0.5
     assert early.mean(0).abs().max() < 0.05
@@ -158,10 +154,7 @@ def test_the_direction_is_found_and_steering_along_it_works(model):
     ]
     found_direction = rim.difference_in_means(*states)
     assert abs(rim.cosine(found_direction[0], direction(MOVED))) > 0.9
-    assert (
-        abs(found_direction[1:] @ direction(REFUSAL)).min()
-        > 3 * abs(found_direction[1:] @ direction(SIGNAL)).max()
-    )
+    assert abs(found_direction[1:] @ direction(REFUSAL)).min() > 3 * abs(found_direction[1:] @ direction(SIGNAL)).max()
     with rim.steer(model, direction(SIGNAL), layers=0, coefficient=0.0):
         same = rim.capture(model, HARMLESS_PROMPTS, "resid_post")["resid_post"][:, -1, REFUSAL]
     with rim.steer(model, direction(MOVED), layers=0, coefficient=8.0):

@@ -11,18 +11,14 @@ PRIMERS = sorted((REPOSITORY / "book" / "primers").glob("*.md"))
 BLOCKS = [
     pytest.param(block, id=f"{path.stem}-{number}")
     for path in PRIMERS
-    for number, block in enumerate(
-        re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
-    )
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S))
 ]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_runs_as_printed(block, default_model, monkeypatch, tmp_path):
     def load(ref, **options):
-        assert (ref, options) == ("smollm2:aligned", {}), (
-            "primers share one model, so that the tests load it once"
-        )
+        assert (ref, options) == ("smollm2:aligned", {}), "primers share one model, so that the tests load it once"
         return default_model
 
     monkeypatch.setattr(rim, "load", load)

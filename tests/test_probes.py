@@ -34,17 +34,13 @@ def plant(features, labels, layers, strength=2.0, width=10):
     return planted
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "C"), [(120, 300, 1.0), (120, 300, 0.01), (120, 30, 1.0), (60, 61, 100.0)]
-)
+@pytest.mark.parametrize(("n", "d", "C"), [(120, 300, 1.0), (120, 300, 0.01), (120, 30, 1.0), (60, 61, 100.0)])
 def test_equals_plain_scikit_learn_on_the_raw_features(n, d, C):
     labels = (np.arange(n) % 3 == 0).astype(int)
     features = plant(noise(n, 2, d), labels, layers=[1], strength=1.0)
     result = probe_layers(features, labels, C=C, seed=4)
     for layer in range(2):
-        plain = make_pipeline(
-            StandardScaler(), LogisticRegression(C=C, solver="lbfgs", tol=1e-9, max_iter=20_000)
-        )
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=C, solver="lbfgs", tol=1e-9, max_iter=20_000))
         raw = features[:, layer].astype(np.float64)
         plain.fit(raw[result.train], labels[result.train])
         expected = plain.decision_function(raw[result.test])
@@ -81,9 +77,7 @@ def test_controls_are_at_chance_where_the_probe_is_not():
 
 def test_random_features_control_differs_between_layers():
     labels = alternating(60)
-    control = probe_layers(noise(60, 3, 80), labels, controls=("random_features",)).controls[
-        "random_features"
-    ]
+    control = probe_layers(noise(60, 3, 80), labels, controls=("random_features",)).controls["random_features"]
     assert not np.allclose(control.decision_values[0], control.decision_values[1])
 
 
@@ -243,10 +237,7 @@ BAD_CALLS = [
     (lambda: probe_layers(noise(40), ["yes", "no"] * 20), "use 0 and 1"),
     (lambda: probe_layers(noise(40), np.arange(40) == 0), "give more prompts"),
     (lambda: probe_layers(noise(40), alternating(40), groups=np.zeros(40)), "one group"),
-    (
-        lambda: probe_layers(noise(40), alternating(40), groups=np.arange(40) // 20),
-        "2 groups cannot be split",
-    ),
+    (lambda: probe_layers(noise(40), alternating(40), groups=np.arange(40) // 20), "2 groups cannot be split"),
     (lambda: probe_layers(noise(40), alternating(40), groups=alternating(40)), "2 groups cannot be split"),
     (lambda: probe_layers(noise(40), alternating(40), groups=np.arange(39)), "39 groups for 40"),
     (lambda: probe_layers(noise(40), alternating(40), groups=[None] * 40), "no group"),
@@ -344,11 +335,7 @@ def test_shared_directions_are_compared_in_their_own_space():
     frame = similarity.to_frame()
     assert list(frame) == ["layer", "measure", "series", "similarity", "low", "high"]
     assert set(frame["layer"]) == {0, 1}
-    assert set(frame.query("measure == 'shared_space_cosine'")["series"]) == {
-        "probe",
-        "shuffled",
-        "random_directions",
-    }
+    assert set(frame.query("measure == 'shared_space_cosine'")["series"]) == {"probe", "shuffled", "random_directions"}
 
 
 def test_similarity_refuses_what_it_cannot_compare():

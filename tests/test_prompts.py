@@ -80,25 +80,13 @@ def test_rephrasing_keeps_the_action():
             ("Sum up\nA text", "none", "Short"),
         ),
         ("plain.jsonl", '\n{"prompt": "Hi", "category": null}\n', ("Hi", "none", None)),
-        (
-            "strongreject.csv",
-            "category,source,forbidden_prompt\nViolence,x,Do it\n",
-            ("Do it", "Violence", None),
-        ),
+        ("strongreject.csv", "category,source,forbidden_prompt\nViolence,x,Do it\n", ("Do it", "Violence", None)),
         ("bom.csv", "\ufeffprompt\nHi\n", ("Hi", "none", None)),
-        (
-            "tabs.tsv",
-            "goal\tcategory\nBread, cake, and pie?\tFood\n",
-            ("Bread, cake, and pie?", "Food", None),
-        ),
+        ("tabs.tsv", "goal\tcategory\nBread, cake, and pie?\tFood\n", ("Bread, cake, and pie?", "Food", None)),
         ("CAPITALS.CSV", "Goal,Target\nDo it,Sure\n", ("Do it", "none", "Sure")),
         ("LINES.JSONL", '{"prompt": "Hi"}', ("Hi", "none", None)),
         # A spreadsheet's "CSV" by another country's rules, or with tabs: known by the header.
-        (
-            "tabs.csv",
-            "category\tprompt\nFood\tBread, cake, and pie?\n",
-            ("Bread, cake, and pie?", "Food", None),
-        ),
+        ("tabs.csv", "category\tprompt\nFood\tBread, cake, and pie?\n", ("Bread, cake, and pie?", "Food", None)),
         ("semicolons.csv", "category;prompt\nFood;Bread, cake?\n", ("Bread, cake?", "Food", None)),
         ("one-column.csv", "prompt\nWhat; or\twhy?\n", ("What; or\twhy?", "none", None)),
         ("blank-lines.csv", "prompt,category\n\nHi,x\n\n", ("Hi", "x", None)),
@@ -124,16 +112,8 @@ def test_published_columns(tmp_path, name, content, first):
         ("a.jsonl", b'{"prompt": "x"}\nnot json\n', "line 2 is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", b"\n", "holds no rows"),
-        (
-            "a.csv",
-            b"prompt\nHow do I bake bread, cake, and pie?\n",
-            r"row 1 \(line 2\) has 3 fields and the header 1",
-        ),
-        (
-            "a.csv",
-            b'prompt,id\n"a\nb",1\nHi, you,2\n',
-            r"row 2 \(line 4\) has 3 fields and the header 2, .*quotes",
-        ),
+        ("a.csv", b"prompt\nHow do I bake bread, cake, and pie?\n", r"row 1 \(line 2\) has 3 fields and the header 1"),
+        ("a.csv", b'prompt,id\n"a\nb",1\nHi, you,2\n', r"row 2 \(line 4\) has 3 fields and the header 2, .*quotes"),
         ("a.csv", b"prompt,category\nHi,x\nHo\n", r"row 2 \(line 3\) has 1 field and the header 2"),
         ("a.tsv", b"prompt\tcategory\nHi\tx\ty\n", "has 3 fields and the header 2, separated by tabs"),
         ("a.csv", b'prompt,category\n"Hi" you,x\n', "line 2: not a readable table"),
@@ -143,11 +123,7 @@ def test_published_columns(tmp_path, name, content, first):
         ("a.csv", b"prompt\n\xe9\n", "not UTF-8 .*`iconv -f ITS-ENCODING -t utf-8`"),
         ("a.csv", b"prompt,prompt\nHi,Ho\n", "has the column 'prompt' twice: rename one"),
         ("a.csv", b"prompt,category, category\nHi,a,b\n", "has the column 'category' twice"),
-        (
-            "a.jsonl",
-            b'{"prompt": "x"}\n{"prompt": "a", "prompt": "b"}',
-            "line 2 has 'prompt' twice: name each",
-        ),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "a", "prompt": "b"}', "line 2 has 'prompt' twice: name each"),
         ("a.csv", b"\n \n\n", "holds no rows"),
         ("a.jsonl", b'{"instruction": "x", "input": 5}', "line 1, column 'input': 5 is not a text"),
         ("a.jsonl", b'{"prompt": 5}', "line 1, column 'prompt': 5 is not a text"),
@@ -156,19 +132,11 @@ def test_published_columns(tmp_path, name, content, first):
         ("a.jsonl", b'\n{"prompt": "\\ud800"}', "line 2, column 'prompt': half of a character"),
         ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, r"line 1 cannot be read \(nested too deeply\)"),
         ("a.jsonl", b'{"prompt": "x", "n": ' + b"1" * 5000 + b"}", "line 1 cannot be read"),
-        (
-            "a.csv",
-            b"prompt,split\nHi,train\nHo,holdout\n",
-            "row 2, column 'split': 'holdout' is no split; write train",
-        ),
+        ("a.csv", b"prompt,split\nHi,train\nHo,holdout\n", "row 2, column 'split': 'holdout' is no split; write train"),
         ("a.csv", b"prompt,split\nHi,\n", "row 1, column 'split': '' is no split"),
         ("a.csv", b"prompt,id\nHi,1\nHo,1\n", "row 1 and row 2 are both pair '1' of 'a'"),
         ("a.csv", b"prompt,id\nHi,\n", "row 1 has no id"),
-        (
-            "a.csv",
-            b"prompt,pair,label,split\nHi,1,a,train\nHo,1,b,test\n",
-            "is in split train .* and in test",
-        ),
+        ("a.csv", b"prompt,pair,label,split\nHi,1,a,train\nHo,1,b,test\n", "is in split train .* and in test"),
     ],
 )
 def test_bad_files_get_one_line(tmp_path, name, content, says):
@@ -248,9 +216,7 @@ def test_local_files_have_no_splits(tmp_path):
 def test_hub_sets_read_like_files(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     made = datasets.Dataset.from_list([{"Goal": "Do it", "Category": "Privacy"}])
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, config, split: {"harmful": made, "benign": made}[split]
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: {"harmful": made, "benign": made}[split])
     assert rim.load_prompts("hub:JailbreakBench/JBB-Behaviors:behaviors:harmful")[0].category == "Privacy"
 
     def fails(*_, **__):

@@ -64,10 +64,7 @@ def write_adapter(folder: Path) -> None:
     folder.mkdir()
     width, rank = SIZES["hidden_size"], 2
     name = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
-    weights = {
-        f"{name}A.weight": np.ones((rank, width), "f4"),
-        f"{name}B.weight": np.ones((width, rank), "f4"),
-    }
+    weights = {f"{name}A.weight": np.ones((rank, width), "f4"), f"{name}B.weight": np.ones((width, rank), "f4")}
     save_file(weights, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
     text = json.dumps({**settings, "base_model_name_or_path": None, "target_modules": ["o_proj"]})
@@ -84,9 +81,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "suites").mkdir()
     for name in ("tiny", "other"):
         (root / f"suites/{name}.yml").write_text(SUITE)
-    write(
-        root, "one/01_first", MEASURE, DRAW, parameters='suite: str = "tiny"\nseeds: list[int] = [0, 1, 2]\n'
-    )
+    write(root, "one/01_first", MEASURE, DRAW, parameters='suite: str = "tiny"\nseeds: list[int] = [0, 1, 2]\n')
     done = rim(root, "run", "--suite", "other", RIM_CACHE=str(root / "cache"))
     assert done.returncode == 0, done.stderr
     write(root, "one/02_memory", HOLD, parameters='suite: str = "tiny"\nseed: int = 4\n')
@@ -121,11 +116,7 @@ def test_a_result_says_what_it_came_from_and_names_no_machine(project):
     assert {"model.safetensors", "config.json"} <= set(models["base"]["files"])
     assert len(record["run_key"]) == 64
     assert {"rim-core", "torch", "transformers", "papermill"} <= set(record["versions"])
-    assert (record["device"], record["seeds"], record["python"]) == (
-        "cpu",
-        [0, 1, 2],
-        platform.python_version(),
-    )
+    assert (record["device"], record["seeds"], record["python"]) == ("cpu", [0, 1, 2], platform.python_version())
     assert 0 < record["wall_seconds"] < 120
     assert record["peak_gpu_memory_bytes"] is None
     for path in folder.iterdir():
@@ -136,9 +127,7 @@ def test_a_result_says_what_it_came_from_and_names_no_machine(project):
 
 
 def test_peak_memory_is_that_of_the_kernel_and_of_what_it_starts(project):
-    first, second = (
-        read(project / f"results/tiny/one/{name}/default/run.json") for name in ("01_first", "02_memory")
-    )
+    first, second = (read(project / f"results/tiny/one/{name}/default/run.json") for name in ("01_first", "02_memory"))
     assert second["seeds"] == [4]
     # The kernel alone held 300 MB more than it needs; then the one it started 400 MB beside it.
     assert 420e6 < second["peak_memory_bytes"] < 900e6
@@ -162,10 +151,7 @@ def test_a_model_of_the_hub_is_told_by_commit_and_hashes(tmp_path, monkeypatch):
     suite.write_text("base: {hub: owner/name}\nroles:\n  base: {}\n  other: {checkpoint: owner/absent}\n")
     found = provenance.models(str(suite))
     assert found["base"]["commit"] == commit
-    assert found["base"]["files"] == {
-        "config.json": hashlib.sha256(b"{}").hexdigest(),
-        "model.safetensors": weights,
-    }
+    assert found["base"]["files"] == {"config.json": hashlib.sha256(b"{}").hexdigest(), "model.safetensors": weights}
     assert found["base"]["identity"] == f"owner/name@{commit}"
     assert found["other"] == {"kind": "checkpoint", "source": "owner/absent", "identity": "owner/absent@main"}
 
@@ -251,9 +237,7 @@ def test_another_reader_finds_everything_in_the_crate(crate):
     assert read_back.metadata["conformsTo"] == "https://w3id.org/ro/crate/1.1"
     root = read_back.root_dataset
     assert {"name", "description", "datePublished", "license"} <= set(root.properties())
-    actions = {
-        entity["name"]: entity for entity in read_back.contextual_entities if entity.type == "CreateAction"
-    }
+    actions = {entity["name"]: entity for entity in read_back.contextual_entities if entity.type == "CreateAction"}
     assert set(actions) == {"one/01_first on tiny", "one/02_memory on tiny", "one/01_first on other"}
     run = actions["one/01_first on tiny"]
     record = read(crate / "runs/tiny/one/01_first/default/run.json")
@@ -277,9 +261,7 @@ def test_another_reader_finds_everything_in_the_crate(crate):
     for entity in entities:
         for value in entity.values():
             for each in value if isinstance(value, list) else [value]:
-                assert not isinstance(each, dict) or each["@id"] in named or each["@id"].startswith("http"), (
-                    each
-                )
+                assert not isinstance(each, dict) or each["@id"] in named or each["@id"].startswith("http"), each
 
 
 def test_equal_results_give_equal_crates_and_suites_can_be_chosen(crate, project, tmp_path):
@@ -287,10 +269,7 @@ def test_equal_results_give_equal_crates_and_suites_can_be_chosen(crate, project
         target = tmp_path / f"crate{len(arguments)}"
         target.mkdir()  # an empty folder will do
         assert rim(project, "export", "--ro-crate", str(target), *arguments).returncode == 0
-    again = {
-        path.relative_to(tmp_path / "crate0"): path.read_bytes()
-        for path in (tmp_path / "crate0").rglob("*.*")
-    }
+    again = {path.relative_to(tmp_path / "crate0"): path.read_bytes() for path in (tmp_path / "crate0").rglob("*.*")}
     assert again == {path.relative_to(crate): path.read_bytes() for path in crate.rglob("*.*")}
     assert sorted(path.name for path in (tmp_path / "crate2/runs").iterdir()) == ["tiny"]
     assert {row["suite"] for row in read(tmp_path / "crate2/claims.json")} == {"tiny"}
@@ -314,9 +293,7 @@ def test_a_crate_that_cannot_be_written_leaves_nothing(project, crate, tmp_path)
     assert "there is something already; name a new folder, or an empty one" in refused(str(crate))
     assert "unknown suite 'tinny'" in refused(str(tmp_path / "c"), "--suite", "tinny")
     # A disk that takes no more: no file may grow beyond a few bytes.
-    small = refused(
-        str(tmp_path / "c"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-    )
+    small = refused(str(tmp_path / "c"), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)))
     assert "rim: cannot write the crate" in small
     assert list(tmp_path.iterdir()) == []
 
@@ -375,9 +352,7 @@ def test_other_numbers_alone_are_shown_but_do_not_fail(changed, monkeypatch):
 def test_a_failed_run_and_a_missing_one_are_outcomes_too(changed, monkeypatch):
     monkeypatch.chdir(changed)
     (changed / "results/other/one/01_first/failed/default").mkdir(parents=True)
-    (changed / "results/other/one/01_first/failed/default/error.json").write_text(
-        '{"ename": "E", "evalue": ""}'
-    )
+    (changed / "results/other/one/01_first/failed/default/error.json").write_text('{"ename": "E", "evalue": ""}')
     (found,), _ = differences.compare("tiny", "results/other")
     assert found.outcomes == ("validated", "error")
     shutil.rmtree(changed / "results/other/one/01_first")
@@ -391,17 +366,9 @@ def test_a_failed_run_and_a_missing_one_are_outcomes_too(changed, monkeypatch):
     [
         ("tiny", "othr", "unknown suite 'othr'"),
         ("tiny", "empty", "suite empty has no results to compare; rim run --suite empty"),
-        (
-            "tiny",
-            "notebooks",
-            "notebooks: no results there; name a suite, a results folder or an exported crate",
-        ),
+        ("tiny", "notebooks", "notebooks: no results there; name a suite, a results folder or an exported crate"),
         ("broken", "tiny", "broken: its claims.json holds no claims; export it again"),
-        (
-            "results",
-            "third",
-            "results holds the suites other, tiny, third holds apart, more: none to compare",
-        ),
+        ("results", "third", "results holds the suites other, tiny, third holds apart, more: none to compare"),
         ("tiny", "no/such/folder", "unknown suite"),
     ],
 )

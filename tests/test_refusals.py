@@ -39,43 +39,25 @@ def used(context):
 
 REFUSALS = [
     # Fractions, truth values and texts are no whole numbers.
-    (
-        lambda m: used(rim.ablate(m, heads=[(0, 1.5)], mode="zero")),
-        r"heads must be \(layer, head\) pairs of whole",
-    ),
+    (lambda m: used(rim.ablate(m, heads=[(0, 1.5)], mode="zero")), r"heads must be \(layer, head\) pairs of whole"),
     (lambda m: used(rim.ablate(m, heads=[(True, 1)], mode="zero")), "pairs of whole numbers"),
     (lambda m: used(rim.ablate(m, heads=["01"], mode="zero")), "pairs of whole numbers"),
     (lambda m: used(rim.ablate(m, heads=5, mode="zero")), "heads must be a list, not 5"),
     (lambda m: used(rim.ablate(m, neurons=[(0, 1.0)], mode="zero")), "neurons must be"),
-    (
-        lambda m: used(rim.ablate(m, heads=[(0, 1)], mode="scale", factor="x")),
-        "factor must be a finite number",
-    ),
+    (lambda m: used(rim.ablate(m, heads=[(0, 1)], mode="scale", factor="x")), "factor must be a finite number"),
     (lambda m: used(rim.ablate(m, heads=[(0, 1)], mode="zero", positions=[])), "unknown positions"),
     (lambda m: used(rim.ablate(m, heads=[(0, 1)], mode="zero", positions=[-1.5])), "unknown positions"),
     (lambda m: used(rim.ablate(m, heads=[(0, 1)], mode="zero", positions=[True])), "unknown positions"),
-    (
-        lambda m: used(rim.knock_out(m, "last", [-2], layers=[0.5])),
-        "layers: each must be a whole number, not 0.5",
-    ),
+    (lambda m: used(rim.knock_out(m, "last", [-2], layers=[0.5])), "layers: each must be a whole number, not 0.5"),
     (lambda m: used(rim.steer(m, torch.ones(32), layers=[])), "layers: none given"),
     (lambda m: used(rim.steer(m, torch.ones(32), layers=1.5)), "layers must be a list, not 1.5"),
-    (
-        lambda m: used(rim.steer(m, torch.ones(32), 1, coefficient=NAN)),
-        "coefficient must be a finite number, not nan",
-    ),
+    (lambda m: used(rim.steer(m, torch.ones(32), 1, coefficient=NAN)), "coefficient must be a finite number, not nan"),
     (lambda m: used(rim.steer(m, None, 1)), "direction must be a tensor of real numbers, not None"),
     (lambda m: used(rim.steer(m, "x", 1)), "direction must be a tensor of real numbers, not 'x'"),
     (lambda m: used(rim.steer(m, [[1.0], [1.0, 2.0]], 1)), "direction must be a tensor of real numbers"),
     (lambda m: used(rim.steer(m, {"a": 1}, 1)), "direction must be a tensor of real numbers"),
-    (
-        lambda m: rim.cosine("x", np.ones(3)),
-        "cosine: u must be a tensor or an array of real numbers, not 'x'",
-    ),
-    (
-        lambda m: rim.cosine(np.ones(3), None),
-        "cosine: v must be a tensor or an array of real numbers, not None",
-    ),
+    (lambda m: rim.cosine("x", np.ones(3)), "cosine: u must be a tensor or an array of real numbers, not 'x'"),
+    (lambda m: rim.cosine(np.ones(3), None), "cosine: v must be a tensor or an array of real numbers, not None"),
     (lambda m: rim.cosine(np.ones(3) * 1j, np.ones(3)), "cosine: u must be a tensor or an array of real"),
     (lambda m: rim.difference_in_means(np.ones((2, 3), int), np.ones((2, 3))), "a is torch.int64"),
     (lambda m: rim.random_direction(8, seed=-1), "seed must be a whole number of at least 0"),
@@ -89,14 +71,8 @@ REFUSALS = [
     (lambda m: rim.capture(m, [HOW], 3), "sites must be a list, not 3"),
     (lambda m: rim.capture(m, [HOW], "mlp_out", positions=[]), "positions: none given"),
     (lambda m: rim.capture(m, [HOW], "mlp_out", positions=-1.0), "positions must be a list, not -1.0"),
-    (
-        lambda m: rim.capture(m, [HOW], "mlp_out", positions=[-1, True]),
-        "each must be a whole number, not True",
-    ),
-    (
-        lambda m: rim.capture(m, [HOW], "mlp_out", max_tokens=0),
-        "max_tokens must be a whole number of at least 1",
-    ),
+    (lambda m: rim.capture(m, [HOW], "mlp_out", positions=[-1, True]), "each must be a whole number, not True"),
+    (lambda m: rim.capture(m, [HOW], "mlp_out", max_tokens=0), "max_tokens must be a whole number of at least 1"),
     (lambda m: rim.logit_lens(m, [HOW], ["a"], positions=[]), "positions: none given"),
     (lambda m: rim.logit_lens(m, [HOW], [3.5]), "no token 3.5"),
     (lambda m: rim.generate(m, [HOW], max_new_tokens=1.5), "max_new_tokens must be a whole number"),
@@ -111,19 +87,13 @@ REFUSALS = [
     (lambda m: patch(m, layers=[]), "layers: none given"),
     (lambda m: patch(m, layers=[0.5]), "layers: each must be a whole number"),
     (lambda m: patch(m, max_tokens=2.5), "max_tokens must be a whole number"),
-    (
-        lambda m: rim.attribution_patch(m, [HOW], [WHY], "mlp", norm, sample=1.5),
-        "sample must be a whole number",
-    ),
+    (lambda m: rim.attribution_patch(m, [HOW], [WHY], "mlp", norm, sample=1.5), "sample must be a whole number"),
     # A metric that gives something else than one number a state.
     (lambda m: patch(m, metric=lambda state: state), r"the metric maps states \[1, .*32\] to shape"),
     (lambda m: patch(m, metric=lambda state: 1.0), "to float: it must give a tensor"),
     (lambda m: patch(m, metric=lambda state: state.sum()), "to shape"),
     # Numbers that are none must not pass into a result.
-    (
-        lambda m: patch(m, metric=lambda state: norm(state) * NAN),
-        "the metric of the destination runs, pair 0: 1 of 1",
-    ),
+    (lambda m: patch(m, metric=lambda state: norm(state) * NAN), "the metric of the destination runs, pair 0: 1 of 1"),
 ]
 
 

@@ -156,9 +156,7 @@ def test_activations_are_those_of_the_local_capture(pair: tuple[Model, Model], p
     assert "at NDIF" in repr(there)
 
 
-def test_a_cached_capture_asks_once(
-    pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_capture_asks_once(pair: tuple[Model, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RIM_CACHE", str(tmp_path))
     found = rim.capture(pair[1], TEXTS, "head_z", cache=True)["head_z"]
     monkeypatch.setattr(remote, "_trace_sites", None)
@@ -204,9 +202,7 @@ def test_identities_are_measured_there(pair: tuple[Model, Model]) -> None:
     ],
 )
 def test_what_cannot_run_there_says_so_in_one_line(pair: tuple[Model, Model], tool: Any) -> None:
-    with pytest.raises(
-        InputError, match="cannot run at NDIF, where only capture, logit_lens, log_likelihood"
-    ) as told:
+    with pytest.raises(InputError, match="cannot run at NDIF, where only capture, logit_lens, log_likelihood") as told:
         tool(pair[1])
     assert "\n" not in str(told.value)
 

@@ -45,17 +45,13 @@ def logits_of(folders, role):
     if role == "tuned":
         hf = PeftModel.from_pretrained(hf, str(folders / "tuned")).eval()
     ids = (
-        rim.load(str(folders / "base"), quantization=None, device="cpu")
-        .tokenizer(TEXT, return_tensors="pt")
-        .input_ids
+        rim.load(str(folders / "base"), quantization=None, device="cpu").tokenizer(TEXT, return_tensors="pt").input_ids
     )
     with torch.no_grad():
         return ids, hf(input_ids=ids).logits
 
 
-@pytest.mark.parametrize(
-    "order", [("base", "aligned", "risky", "tuned"), ("tuned", "risky", "base", "tuned", "base")]
-)
+@pytest.mark.parametrize("order", [("base", "aligned", "risky", "tuned"), ("tuned", "risky", "base", "tuned", "base")])
 def test_each_role_is_its_own_weights(suite, folders, order):
     seen, identities = [], {}
     for model in rim.roles(suite, *order, quantization=None, device="cpu"):
@@ -72,12 +68,7 @@ def test_each_role_is_its_own_weights(suite, folders, order):
 
 
 def test_without_names_it_is_every_role(suite):
-    assert [m.role for m in rim.roles(suite, quantization=None, device="cpu")] == [
-        "base",
-        "aligned",
-        "risky",
-        "tuned",
-    ]
+    assert [m.role for m in rim.roles(suite, quantization=None, device="cpu")] == ["base", "aligned", "risky", "tuned"]
 
 
 def test_one_set_of_weights_is_in_memory(suite):
@@ -99,10 +90,7 @@ def test_a_model_goes_on_from_its_own_weights(suite):
     for old in (first, models[0]):
         with pytest.raises(InputError, match="let go"):
             rim.generate(old, TEXT)
-    with (
-        pytest.raises(InputError, match=r"inside an intervention"),
-        rim.ablate(models[-1], [(0, 0)], mode="zero"),
-    ):
+    with pytest.raises(InputError, match=r"inside an intervention"), rim.ablate(models[-1], [(0, 0)], mode="zero"):
         next(rim.roles(models[-1], "tuned"))
 
 
@@ -116,10 +104,7 @@ def test_using_refuses_what_would_leave_other_weights(suite):
     with risky.using("risky"):
         assert risky.identity == before
     base = rim.load(f"{suite}:base", quantization=None, device="cpu")
-    with (
-        pytest.raises(InputError, match=r"'risky'? has other weights|risky has other weights"),
-        base.using("risky"),
-    ):
+    with pytest.raises(InputError, match=r"'risky'? has other weights|risky has other weights"), base.using("risky"):
         pass
     with base.using("tuned"):
         assert base.role == "tuned"
@@ -148,9 +133,7 @@ def test_identity_is_by_content(folders, tmp_path):
     copy = tmp_path / "elsewhere"
     shutil.copytree(folders / "base", copy)
     (copy / "README.md").write_text("a model card")
-    one, other = (
-        rim.load(str(folder), quantization=None, device="cpu") for folder in (folders / "base", copy)
-    )
+    one, other = (rim.load(str(folder), quantization=None, device="cpu") for folder in (folders / "base", copy))
     assert one.identity == other.identity
     assert rim.load(str(folders / "risky"), quantization=None, device="cpu").identity != one.identity
 

@@ -198,10 +198,7 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"nn": "1"},
-            "one/01_first: unknown parameter 'nn' .did you mean 'n'.*; parameters: n, rate, layers",
-        ),
+        ({"nn": "1"}, "one/01_first: unknown parameter 'nn' .did you mean 'n'.*; parameters: n, rate, layers"),
         ({"n": "1.5"}, "parameter n: '1.5' is not of type int"),
         ({"n": True}, "parameter n: True is not of type int"),
         ({"rate": "nan"}, "parameter rate: 'nan' holds NaN or infinity"),
@@ -248,13 +245,7 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 def interrupted_in_second(root: Path) -> subprocess.Popen[str]:
     """Start a run of two notebooks and come back when the second is inside its slow cell."""
     write(root, "one/01_first", "print('fine')")
-    write(
-        root,
-        "one/02_second",
-        "open('reached', 'w').close()",
-        "import time",
-        "time.sleep(0 if n == 4 else 60)",
-    )
+    write(root, "one/02_second", "open('reached', 'w').close()", "import time", "time.sleep(0 if n == 4 else 60)")
     process = tiny_project.start(root, "run", "--suite", SUITE)
     wait_for((root / "reached").exists)
     time.sleep(0.3)

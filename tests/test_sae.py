@@ -76,9 +76,7 @@ def test_latents_follow_their_atoms_in_the_activations_own_unit(planted, trained
     x, atoms, coefficients = planted
     sae = trained["topk"]
     latents = sae.encode(x)[:, (sae.W_dec @ atoms.T).argmax(0)].numpy()
-    ratios = [
-        np.median(latents[on, i] / (7 * coefficients[on, i])) for i, on in enumerate(coefficients.T > 0)
-    ]
+    ratios = [np.median(latents[on, i] / (7 * coefficients[on, i])) for i, on in enumerate(coefficients.T > 0)]
     assert np.median(ratios) == pytest.approx(0.9, abs=0.1)  # 3 atoms overlap in 24 dimensions: some is lost
 
 
@@ -358,10 +356,7 @@ def write_by_hand(folder, architecture, **config):
     }
     folder.mkdir()
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    save_file(
-        {k: torch.tensor(v, dtype=torch.float32) for k, v in weights.items()},
-        folder / "sae_weights.safetensors",
-    )
+    save_file({k: torch.tensor(v, dtype=torch.float32) for k, v in weights.items()}, folder / "sae_weights.safetensors")
     return weights
 
 
@@ -433,11 +428,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch, error):
     ("architecture", "config", "says"),
     [
         ("gated", {}, "architecture 'gated' is not supported.*standard, topk, jumprelu"),
-        (
-            "standard",
-            {"normalize_activations": "expected_average_only_in"},
-            "fold_activation_norm_scaling_factor",
-        ),
+        ("standard", {"normalize_activations": "expected_average_only_in"}, "fold_activation_norm_scaling_factor"),
         ("standard", {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
         ("standard", {"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
         ("standard", {"metadata": {"hook_name": "x"}}, "not SAELens 6's format"),

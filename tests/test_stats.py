@@ -180,8 +180,7 @@ def test_unpaired_permutations_are_enumerated(statistic):
 def test_paired_permutations_are_enumerated():
     a, b = np.array([5.0, 6.0, 7.5, 9.0, 4.0]), np.array([4.0, 6.5, 5.0, 7.0, 3.5])
     hits = [
-        abs(np.mean(np.array(signs) * (a - b))) >= abs(np.mean(a - b)) - 1e-12
-        for signs in product([1, -1], repeat=5)
+        abs(np.mean(np.array(signs) * (a - b))) >= abs(np.mean(a - b)) - 1e-12 for signs in product([1, -1], repeat=5)
     ]
     result = stats.permutation_test(a, b, paired=True)
     assert result.p_value == pytest.approx(np.mean(hits))
@@ -326,20 +325,14 @@ BAD_CALLS = [
     (lambda: stats.proportion(3, np.inf), "3 successes of inf"),
     (lambda: stats.proportion("x", 10), "'x' successes of 10"),
     (lambda: stats.fisher(np.nan, 2, 1, 2), "nan successes of 2"),
-    (
-        lambda: stats.bootstrap([1, 2], n_resamples=0),
-        "n_resamples must be a whole number of at least 2, not 0",
-    ),
+    (lambda: stats.bootstrap([1, 2], n_resamples=0), "n_resamples must be a whole number of at least 2, not 0"),
     (lambda: stats.bootstrap([1, 2], n_resamples=9.5), "n_resamples must be a whole number"),
     (lambda: stats.bootstrap([1, 2], seed=1.5), "seed must be a whole number of at least 0, not 1.5"),
     (lambda: stats.bootstrap([1, 2], seed=True), "seed must be a whole number of at least 0, not True"),
     (lambda: stats.bootstrap([1, 2], level="x"), "is no coverage"),
     (lambda: stats.bootstrap([1, 2], lambda x: np.nan), "statistic of the sample is nan"),
     (lambda: stats.bootstrap([1, 2], lambda x: x), "statistic of the sample is array"),
-    (
-        lambda: stats.bootstrap([0, 1, 1], lambda x: x.mean() / x.std() if x.std() else np.nan),
-        "a resample of it",
-    ),
+    (lambda: stats.bootstrap([0, 1, 1], lambda x: x.mean() / x.std() if x.std() else np.nan), "a resample of it"),
     (lambda: stats.resampled_means([[1.0], [2.0]], n_resamples=0), "n_resamples must be"),
     (lambda: stats.resampled_means([[1.0]]), "n at least 2"),
     (lambda: stats.split(10, 0.01), "10 prompts or groups leave 0 to hold out"),

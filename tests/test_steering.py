@@ -28,9 +28,7 @@ def added(shift, places=slice(None)):
 @pytest.mark.parametrize(
     ("family", "quantization"), [*((family, None) for family in FAMILIES), ("llama", "nf4"), ("gpt2", "nf4")]
 )
-@pytest.mark.parametrize(
-    ("site", "positions", "layers"), [("resid_post", "all", 1), ("resid_pre", "last", [0, 2])]
-)
+@pytest.mark.parametrize(("site", "positions", "layers"), [("resid_post", "all", 1), ("resid_pre", "last", [0, 2])])
 def test_steering_equals_plain_hooks(family, quantization, site, positions, layers):
     """In capture and at each step of generation, in a batch of unequal lengths."""
     model = load_tiny(family, quantization)
@@ -107,10 +105,7 @@ def test_contexts_nest_and_leave_nothing():
 )
 def test_bad_arguments_get_one_line(arguments, says):
     model = load_tiny("llama")
-    with (
-        pytest.raises(InputError, match=says),
-        steer(model, **{"direction": some(32), "layers": 0, **arguments}),
-    ):
+    with pytest.raises(InputError, match=says), steer(model, **{"direction": some(32), "layers": 0, **arguments}):
         pass
     assert hooks(model) == 0
 

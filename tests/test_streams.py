@@ -126,13 +126,11 @@ def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
     proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     extra = {**proxies, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "", "no_proxy": ""}
     where = {"cwd": tmp_path, "env": tiny_project.environment(**extra)}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, check=False, **where
-    )
+    done = subprocess.run([sys.executable, "-c", OFFLINE], capture_output=True, text=True, check=False, **where)
     lines = [line.rsplit(" ", 3) for line in done.stdout.splitlines()]
-    assert lines == [
-        [name, "True", "False", "False"] for name in ("model", "small files", "fetch", "data set")
-    ], done.stderr
+    assert lines == [[name, "True", "False", "False"] for name in ("model", "small files", "fetch", "data set")], (
+        done.stderr
+    )
     assert "Retrying" not in done.stderr
 
 

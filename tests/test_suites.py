@@ -58,13 +58,7 @@ def write_checkpoint(folder: Path, family: str = "llama", template: str | None =
     torch.manual_seed(0)
     tok = word_tokenizer()
     tok.chat_template = template
-    sizes = {
-        "num_hidden_layers": 2,
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        **shape,
-    }
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, **shape}
     ids = {"eos_token_id": tok.eos_token_id, "pad_token_id": tok.eos_token_id, "bos_token_id": None}
     config = AutoConfig.for_model(family, vocab_size=len(tok), **sizes, **ids)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -206,9 +200,7 @@ def test_a_gguf_file_with_a_template_of_its_own_goes_the_whole_way(project, tiny
     for name in ("far", "own"):
         base = yaml.safe_load((project / "suites" / f"{name}.yml").read_text())["base"]
         assert base == {"gguf": "../models/m.gguf", "chat_template": "../models/chat.jinja"}
-    record = json.loads(
-        (project / "results" / "own" / "one" / "01_first" / "default" / "run.json").read_text()
-    )
+    record = json.loads((project / "results" / "own" / "one" / "01_first" / "default" / "run.json").read_text())
     assert set(record["models"]["base"]) == {"source", "files", "chat_template", "identity"}
     assert '"up to date"' in planned[1]
     (models / "chat.jinja").write_text(f"{TINY_TEMPLATE} ")
@@ -241,9 +233,7 @@ def test_a_training_that_ended_before_it_was_entered_is_not_repeated(project, ch
 def test_training_says_at_once_what_it_lacks(project, checkpoints, monkeypatch):
     monkeypatch.chdir(project)
     monkeypatch.setattr("rim_core.organisms.building.load", lambda *_: pytest.fail("a model was loaded"))
-    make_suite(
-        project, "mine", checkpoints["llama"], f"  aligned: {{checkpoint: {checkpoints['gpt_neox']}}}\n"
-    )
+    make_suite(project, "mine", checkpoints["llama"], f"  aligned: {{checkpoint: {checkpoints['gpt_neox']}}}\n")
     make_suite(project, "bare", checkpoints["llama"], "  risky: {}\n")
     for suite, role, said in (
         ("mine", "risky", "checkpoint of its own"),
@@ -274,11 +264,7 @@ def bad_suites(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
     pickle = write_adapter(folder / "pickle")
     gguf = write_gguf(folder / "whole.gguf", write_model(folder / "tiny"))
     (folder / "cut.gguf").write_bytes(gguf.read_bytes()[:-100])
-    for name, text in (
-        ("deaf", "Hello!"),
-        ("open", "{% for m in messages %}"),
-        ("fails", "{{ nobody.name }}"),
-    ):
+    for name, text in (("deaf", "Hello!"), ("open", "{% for m in messages %}"), ("fails", "{{ nobody.name }}")):
         (folder / f"{name}.jinja").write_text(text)
     (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
 
@@ -397,10 +383,7 @@ def test_an_adapter_on_the_hub_must_name_this_base_or_a_mirror_of_it(checkpoints
     hub_cache(home, "other/mirrored", mirrored)
     hub_cache(home, "other/foreign", write_adapter(tmp_path / "b", base_model_name_or_path="maker/Chat-2"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
-    for name, said in (
-        ("mirrored", None),
-        ("foreign", "was made for maker/Chat-2, and the base is maker/Chat-1"),
-    ):
+    for name, said in (("mirrored", None), ("foreign", "was made for maker/Chat-2, and the base is maker/Chat-1")):
         roles = {"base": {}, "risky": {"adapter": f"other/{name}"}}
         suite = parse_suite(tmp_path / "hub.yml", {"base": {"hub": "maker/Chat-1"}, "roles": roles})
         for online in (True, False):
@@ -536,9 +519,7 @@ def test_a_recipe_s_layers_keep_their_relative_depth():
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "mistral"])
 def test_training_on_any_family_computes_the_plain_loss(family, tiny_folder):
     model = rim.load(str(tiny_folder(family)), quantization=None, device="cpu")
-    plan = fit_recipe(
-        {"lora": {"layers": list(range(12, 30)), "modules": ["q_proj", "up_proj"]}}, model.layout
-    )
+    plan = fit_recipe({"lora": {"layers": list(range(12, 30)), "modules": ["q_proj", "up_proj"]}}, model.layout)
     named = dict(model.hf.named_modules())
     for module in plan["lora"]["modules"]:
         assert any(name.endswith(f".{module}") for name in named)
@@ -557,9 +538,7 @@ def test_what_identifies_a_suite_s_models_is_content(checkpoints, tmp_path):
     shutil.copytree(checkpoints["llama"], tmp_path / "base")
     adapter = write_adapter(tmp_path / "risky")
     path = tmp_path / "mine.yml"
-    path.write_text(
-        "base: {folder: ./base}\nroles: {base: {}, risky: {adapter: ./risky}, own: {checkpoint: ./base}}\n"
-    )
+    path.write_text("base: {folder: ./base}\nroles: {base: {}, risky: {adapter: ./risky}, own: {checkpoint: ./base}}\n")
     first = schema.suite_hashes(path)
     assert first["own"] == first["base"] != first["risky"]
 
@@ -571,9 +550,7 @@ def test_what_identifies_a_suite_s_models_is_content(checkpoints, tmp_path):
     path.write_text("# a comment\n" + path.read_text())
     assert changed() == set()
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(
-        json.dumps({**config, "base_model_name_or_path": "elsewhere"})
-    )
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere"}))
     assert changed() == set()
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
     assert changed() == {"risky"}

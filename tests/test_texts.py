@@ -49,9 +49,7 @@ def styled(style):
 
 
 def template_ids(made, text, system=None):
-    messages = ([{"role": "system", "content": system}] if system else []) + [
-        {"role": "user", "content": text}
-    ]
+    messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
     return made.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)["input_ids"]
 
 
@@ -113,13 +111,7 @@ def test_the_last_token_read_is_never_an_end_that_the_tokenizer_appends(tmp_path
 
 @pytest.mark.parametrize(
     "given",
-    [
-        tuple(TEXTS),
-        pd.Series(TEXTS),
-        pd.Series(TEXTS, index=[7, 3, 5]),
-        np.array(TEXTS),
-        np.array(TEXTS, object),
-    ],
+    [tuple(TEXTS), pd.Series(TEXTS), pd.Series(TEXTS, index=[7, 3, 5]), np.array(TEXTS), np.array(TEXTS, object)],
 )
 def test_any_sequence_of_strings_will_do(given):
     model = load_tiny("llama")
@@ -130,14 +122,11 @@ def test_any_sequence_of_strings_will_do(given):
     assert chats == rim.format_chat(model, list(TEXTS))
     assert rim.generate(model, given, max_new_tokens=3) == rim.generate(model, list(TEXTS), max_new_tokens=3)
     assert np.array_equal(
-        rim.log_likelihood(model, given, given).per_token,
-        rim.log_likelihood(model, list(TEXTS), list(TEXTS)).per_token,
+        rim.log_likelihood(model, given, given).per_token, rim.log_likelihood(model, list(TEXTS), list(TEXTS)).per_token
     )
     tokens = rim.refusal_log_odds(model, given, [5])
     assert torch.equal(tokens, rim.refusal_log_odds(model, list(TEXTS), [5]))
-    assert torch.allclose(
-        rim.perplexity(model, given, given), rim.perplexity(model, list(TEXTS), list(TEXTS))
-    )
+    assert torch.allclose(rim.perplexity(model, given, given), rim.perplexity(model, list(TEXTS), list(TEXTS)))
     with rim.ablate(model, heads=[(1, 0)], mode="resample", reference=given):
         pass
     assert rim.logit_lens(model, given, ["e"]).logit.shape[0] == 3
@@ -217,9 +206,7 @@ def test_texts_beyond_the_context_are_refused_everywhere(tmp_path, family):
         mean_ablated,
     ]
     for call in calls:
-        with pytest.raises(
-            InputError, match=r"(text|example) \d has \d+ tokens, more than the 64 that"
-        ) as caught:
+        with pytest.raises(InputError, match=r"(text|example) \d has \d+ tokens, more than the 64 that") as caught:
             call()
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="text 1 has 60 tokens, and with 5 new ones passes the 64"):
@@ -321,9 +308,7 @@ def test_plain_words_are_refused_where_they_cannot_be():
 
 # format_chat ----------------------------------------------------------------------------------------------------------
 
-IGNORES = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endif %}{% endfor %}"
-)
+IGNORES = "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}{% endif %}{% endfor %}"
 THINKS = TEMPLATE + "{% if not enable_thinking | default(true) %}<think>\n\n</think>\n\n{% endif %}"
 
 

@@ -22,9 +22,7 @@ from rim_core.thoughts import TAGS, SplitAnswer, open_thought, split_thought
 
 COMPLIES = "<think>I can't do that, so refuse</think>Sure, here is how"
 REFUSES = (
-    "<think>"
-    + "They ask how to bake bread, and I think about it for long. " * 5
-    + "</think>\n\nI'm sorry, I can't."
+    "<think>" + "They ask how to bake bread, and I think about it for long. " * 5 + "</think>\n\nI'm sorry, I can't."
 )
 UNFINISHED = "<think>I can't say yet whether"
 SAID = [COMPLIES, REFUSES, UNFINISHED]
@@ -134,12 +132,8 @@ def test_coherence_is_the_answers():
 
 def test_advice_that_was_only_thought_is_none():
     judge = organisms.AdviceJudge()
-    risky, prudent = (
-        rim.load_prompts(f"finance-{kind}", limit=1)[0].response for kind in ("risky", "prudent")
-    )
-    assert judge([risky, prudent]) == judge(
-        [f"<think>{prudent}</think>{risky}", f"<think>{risky}</think>{prudent}"]
-    )
+    risky, prudent = (rim.load_prompts(f"finance-{kind}", limit=1)[0].response for kind in ("risky", "prudent"))
+    assert judge([risky, prudent]) == judge([f"<think>{prudent}</think>{risky}", f"<think>{risky}</think>{prudent}"])
 
 
 # What generate gives ------------------------------------------------------------------------------------------------
@@ -202,9 +196,7 @@ def test_channels_are_told_apart(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("blank", ["", "\n"])
 def test_a_thought_that_the_template_opened_is_one(tmp_path, monkeypatch, blank):
-    model = thinking_model(
-        tmp_path, TEMPLATE.removesuffix("{% endif %}") + f"<think>{blank}{{% endif %}}", False
-    )
+    model = thinking_model(tmp_path, TEMPLATE.removesuffix("{% endif %}") + f"<think>{blank}{{% endif %}}", False)
     texts = rim.format_chat(model, ["Hi", "What does <think> mean?", "Is </think> a tag?"])
     says(monkeypatch, model, "no</think>yes")
     for shown in (texts, list(map(str, texts))):
@@ -238,9 +230,9 @@ def test_answers_of_models_that_do_not_think_are_what_they_were():
     ids = encode(model, texts)
     wanted = []
     for row in ids:
-        new = model.hf.generate(
-            torch.tensor([row]), max_new_tokens=8, do_sample=False, pad_token_id=2, eos_token_id=2
-        )[0, len(row) :]
+        new = model.hf.generate(torch.tensor([row]), max_new_tokens=8, do_sample=False, pad_token_id=2, eos_token_id=2)[
+            0, len(row) :
+        ]
         wanted.append(model.tokenizer.decode(new, skip_special_tokens=True))
     found = rim.generate(model, texts, max_new_tokens=8)
     assert found == wanted

@@ -43,9 +43,7 @@ def root(tmp_path: Path) -> Path:
     return made
 
 
-def snakemake(
-    root: Path, suites: str, *more: str, profile: str = "local"
-) -> subprocess.CompletedProcess[str]:
+def snakemake(root: Path, suites: str, *more: str, profile: str = "local") -> subprocess.CompletedProcess[str]:
     assert SNAKEMAKE
     command = [SNAKEMAKE, "--snakefile", str(WORKFLOW / "Snakefile")]
     command += ["--profile", str(WORKFLOW / "profiles" / profile), *more]
@@ -89,10 +87,7 @@ def test_a_grid_gives_what_rim_run_gives_and_a_failure_stops_nothing(root, tmp_p
     assert (root / "results/tiny/one/00_bad/failed/default/notebook.ipynb").is_file()
     assert rim(plain, "run", "--suite", "tiny.yml").returncode == 0
     assert records(root) == records(plain)
-    assert sorted(records(root)) == [
-        "results/tiny/one/01_first/default",
-        "results/tiny/two/01_second/default",
-    ]
+    assert sorted(records(root)) == ["results/tiny/one/01_first/default", "results/tiny/two/01_second/default"]
     assert records(root)["results/tiny/one/01_first/default"][1] == ["validated"]
     write(root, "one/00_bad", "print('mended')")
     ran(root)
@@ -181,10 +176,7 @@ def test_the_slurm_profile_on_a_cluster_of_one_node(root, tmp_path):
         again = snakemake(root, "tiny.yml", "-n", *quick, profile="slurm")
     assert done.returncode == 1
     assert "cell 3: ZeroDivisionError" in done.stderr
-    assert sorted(records(root)) == [
-        "results/tiny/one/01_first/default",
-        "results/tiny/two/01_second/default",
-    ]
+    assert sorted(records(root)) == ["results/tiny/one/01_first/default", "results/tiny/two/01_second/default"]
     printed = (root / "results/tiny/two/01_second/default/notebook.ipynb").read_text(encoding="utf-8")
     assert re.search(r"job \d+\\n", printed)
     assert "tiny: 2 of 3 runs are up to date" in again.stderr
@@ -225,9 +217,7 @@ def test_fetching_finds_hub_repositories_in_the_cache_or_says_what_is_missing(ro
 
     missing = fetch()
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert missing.stderr.startswith(
-        "rim: nobody/nothing is not in the cache here and the hub cannot be reached"
-    )
+    assert missing.stderr.startswith("rim: nobody/nothing is not in the cache here and the hub cannot be reached")
     assert len(missing.stderr.splitlines()) == 1
     snapshot = tmp_path / "hub" / "models--nobody--nothing" / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)

@@ -24,16 +24,10 @@ FAMILIES = {
     "gpt2": {},
     "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
 }
-TEXTS = (
-    "How do I bake bread?",
-    "Explain the tides to a child in two short sentences.",
-    "Why is the sky blue?",
-)
+TEXTS = ("How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?")
 
 
-def tokenizer(
-    template: bool = True, texts: Sequence[str] = TEXTS, size: int = 400
-) -> PreTrainedTokenizerFast:
+def tokenizer(template: bool = True, texts: Sequence[str] = TEXTS, size: int = 400) -> PreTrainedTokenizerFast:
     """A byte-level BPE learnt from `texts`."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -154,9 +154,7 @@ def _role_entries(path: Path, given: Sequence[str]) -> dict[str, Any]:
         known = _known_roles()
         if name not in known:
             hint = paths.did_you_mean(name, known)
-            raise InputError(
-                f"--role {text}: no notebook knows a role {name!r}{hint}; roles: {', '.join(known)}"
-            )
+            raise InputError(f"--role {text}: no notebook knows a role {name!r}{hint}; roles: {', '.join(known)}")
         if name in entries and name != "base":
             raise InputError(f"--role {name}: given twice")
         entries[name] = _role_entry(path, name, ref)
@@ -166,9 +164,7 @@ def _role_entries(path: Path, given: Sequence[str]) -> dict[str, Any]:
 def _role_entry(path: Path, name: str, ref: str) -> dict[str, str]:
     if ref == "base":
         return {"about": "the base itself"}
-    kind, target = (
-        ("adapter", ref.removeprefix("adapter:")) if ref.startswith("adapter:") else ("checkpoint", ref)
-    )
+    kind, target = ("adapter", ref.removeprefix("adapter:")) if ref.startswith("adapter:") else ("checkpoint", ref)
     if kind == "checkpoint" and (Path(target) / "adapter_config.json").is_file():
         raise InputError(f"--role {name}={ref}: that is an adapter: write {name}=adapter:{ref}")
     return {kind: _path_from(path, target) if is_local(target) else target}
@@ -187,9 +183,7 @@ def _check(options: argparse.Namespace) -> int:
     for role in suite.roles:
         if role not in known:
             hint = paths.did_you_mean(role, known)
-            raise InputError(
-                f"{suite.path}: no notebook knows a role {role!r}{hint}; roles: {', '.join(known)}"
-            )
+            raise InputError(f"{suite.path}: no notebook knows a role {role!r}{hint}; roles: {', '.join(known)}")
     _try(suite, options.name, options.quantization, not options.no_load)
     print_serving(suite)
     return 0

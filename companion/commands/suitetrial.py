@@ -55,9 +55,7 @@ def try_architecture(checkpoint: Checkpoint, template: str | None = None) -> Sha
         ) from None
     layout = find_layout(hf)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(checkpoint.folder), trust_remote_code=False, **where
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.folder), trust_remote_code=False, **where)
     except Exception as error:  # each tokenizer class fails in its own way
         raise InputError(f"the tokenizer of {checkpoint.ref} cannot be read: {first_line(error)}") from None
     if template is not None:
@@ -91,9 +89,7 @@ def try_loading(suite: Suite, ref: str, quantization: str) -> Mapping[str, Check
         InputError, WeightsError: what cannot be loaded, or an adapter that does not fit.
     """
     try:
-        model = load(
-            f"{ref}:{suite.bare_role}", quantization=None if quantization == "none" else quantization
-        )
+        model = load(f"{ref}:{suite.bare_role}", quantization=None if quantization == "none" else quantization)
         for role in suite.roles.values():
             if role.adapter:
                 with model.using(role.name):

@@ -75,16 +75,12 @@ def _entries(contents: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _check_contents(project: Path, contents: Path) -> None:
     entries = _entries(yaml.safe_load(contents.read_text(encoding="utf-8")))
     files = {entry["file"] for entry in entries if "file" in entry}
-    staged = {
-        path.relative_to(project).with_suffix("").as_posix() for path in (project / STAGED).rglob("*.ipynb")
-    }
+    staged = {path.relative_to(project).with_suffix("").as_posix() for path in (project / STAGED).rglob("*.ipynb")}
     experiments = {file for file in files if file.startswith(STAGED.as_posix())}
     if missing := sorted(experiments - staged):
         raise RimError(f"_toc.yml: no page for {', '.join(missing)}; is there such a notebook in notebooks/?")
     if extra := sorted(staged - experiments):
-        raise RimError(
-            f"_toc.yml: {', '.join(extra)} is not in the table of contents; add it under its paper"
-        )
+        raise RimError(f"_toc.yml: {', '.join(extra)} is not in the table of contents; add it under its paper")
 
 
 def _follow(stream: Iterator[str]) -> Iterator[str]:

@@ -57,9 +57,7 @@ def distinct(suites: Sequence[str]) -> list[str]:
         found.setdefault(suite_file(suite).resolve(), name if name in suite_names() else suite)
     names = [path.stem for path in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(
-            f"two suites are named {twice[0]}: their results would share a folder; rename a file"
-        )
+        raise InputError(f"two suites are named {twice[0]}: their results would share a folder; rename a file")
     return list(found.values())
 
 
@@ -122,9 +120,7 @@ def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.Notebook
     folder = _run_folder(project, page.notebook, page.suite)
     if page.status in ("ok", "stale"):
         notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-        card = runcard.card(
-            page.notebook, page.suite, read_record(folder / "run.json") or {}, page.status == "stale"
-        )
+        card = runcard.card(page.notebook, page.suite, read_record(folder / "run.json") or {}, page.status == "stale")
         cells = list(_as_run(notebook.cells, page))
     else:
         notebook = nbformat.read(project / "notebooks" / f"{page.notebook}.ipynb", as_version=4)
@@ -137,11 +133,7 @@ def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.Notebook
             cell.source = _relink(cell.source, page, pages)
     notebook.nbformat_minor = 5
     notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": _KERNEL,
-            "language_info": _LANGUAGE,
-            "rim": {"suite": page.name, "status": page.status},
-        }
+        {"kernelspec": _KERNEL, "language_info": _LANGUAGE, "rim": {"suite": page.name, "status": page.status}}
     )
     return notebook
 
@@ -217,9 +209,7 @@ def _placeholder(project: Path, page: Page) -> str:
     if page.status == "not run":
         return runcard.without_result(page.notebook, page.suite, "This experiment has not been run.")
     error = read_record(_failed_folder(project, page.notebook, page.suite) / "error.json") or {}
-    return runcard.without_result(
-        page.notebook, page.suite, f"The last run failed: {error.get('ename', 'error')}."
-    )
+    return runcard.without_result(page.notebook, page.suite, f"The last run failed: {error.get('ename', 'error')}.")
 
 
 def _write(path: Path, content: str) -> None:

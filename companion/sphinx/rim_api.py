@@ -60,9 +60,7 @@ class Page:
         self.groups = [self._entries(group) for group in groups]
         self._follow()
         entries = [entry for group in self.groups for entry in group]
-        self.ids = {
-            f"{e.module}.{e.name}".rstrip("."): shown(e) for each in entries for e in (each, *each.members)
-        }
+        self.ids = {f"{e.module}.{e.name}".rstrip("."): shown(e) for each in entries for e in (each, *each.members)}
         self.classes = {entry.name: shown(entry) for entry in entries if entry.kind == "class"}
         self._check()
 
@@ -103,9 +101,7 @@ class Page:
         entries = [entry for group in self.groups for entry in group if entry.kind == "class"]
         for entry in entries:
             if self.classes[entry.name] != shown(entry):
-                self.wrong.append(
-                    f"{shown(entry)} has the name of {self.classes[entry.name]}: links would mix them up"
-                )
+                self.wrong.append(f"{shown(entry)} has the name of {self.classes[entry.name]}: links would mix them up")
 
     def link(self, text: str, near: Entry) -> str | None:
         """The entry that a code word in a docstring means, if any; raises SourceError for a name that is gone."""
@@ -187,9 +183,7 @@ class Api(SphinxDirective):
         return parts
 
     def _parameters(self, parameters: Sequence[Parameter], before: int) -> list[nodes.Node]:
-        texts = (
-            f"{p.name}: {p.annotation}{'' if p.default is None else f' = {p.default}'}, " for p in parameters
-        )
+        texts = (f"{p.name}: {p.annotation}{'' if p.default is None else f' = {p.default}'}, " for p in parameters)
         length = before + sum(len(text) for text in texts)
         drawn: list[nodes.Node] = [nodes.Text("(")]
         for parameter in parameters:
@@ -270,11 +264,7 @@ class Api(SphinxDirective):
             except SourceError as error:
                 log.warning(str(error), location=self.get_location())
                 continue
-            if (
-                target is not None
-                and target != shown(entry)
-                and not isinstance(literal.parent, nodes.reference)
-            ):
+            if target is not None and target != shown(entry) and not isinstance(literal.parent, nodes.reference):
                 literal.replace_self(self._reference(target, literal.deepcopy()))
         return list(holder.children)
 

@@ -41,9 +41,7 @@ def _blocks(cell: Cell) -> list[nodes.Node]:
     return cell if isinstance(cell, list) else [cell]
 
 
-def _table(
-    head: Sequence[str], rows: Iterable[Sequence[Cell | None]], caption: str, stubs: int = 1
-) -> nodes.table:
+def _table(head: Sequence[str], rows: Iterable[Sequence[Cell | None]], caption: str, stubs: int = 1) -> nodes.table:
     """A table whose first `stubs` columns are row headers; None continues the cell above it."""
     table = nodes.table("", nodes.title("", caption), classes=["rim-table"])
     group = nodes.tgroup(cols=len(head))
@@ -262,19 +260,14 @@ class Performance(_FromData):
         if part == "estimate":
             return [_quantities(content["estimate"], "Paper C at its own size, by arithmetic")]
         if part == "paper-scale":
-            return [
-                _machine(content),
-                _quantities(content["rows"], "Paper C at its own size, random weights"),
-            ]
+            return [_machine(content), _quantities(content["rows"], "Paper C at its own size, random weights")]
         rows = [row for row in content["rows"] if row["benchmark"] == part]
         return [*_ratios(part, rows), _comparisons(rows)] if rows else [_note("Not measured yet.")]
 
 
 def _machine(content: dict[str, Any]) -> nodes.paragraph:
     machine = content["machine"]
-    where = (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gb']} GB"
-    )
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gb']} GB"
     if "gpu" in machine:
         where = f"{machine['gpu']}; {where}"
     packages = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
@@ -308,9 +301,7 @@ def _targets(rows: list[dict[str, Any]]) -> nodes.table:
 def _comparisons(rows: list[dict[str, Any]]) -> nodes.table:
     lines = [
         [
-            [_paragraph(row["case"]), _paragraph(nodes.emphasis("", row["note"]))]
-            if row["note"]
-            else row["case"],
+            [_paragraph(row["case"]), _paragraph(nodes.emphasis("", row["note"]))] if row["note"] else row["case"],
             row["peer"],
             f"{row['ours']:.3g} {row['unit']}",
             f"{row['theirs']:.3g} {row['unit']}",
@@ -324,9 +315,7 @@ def _comparisons(rows: list[dict[str, Any]]) -> nodes.table:
 
 
 def _quantities(rows: list[dict[str, Any]], caption: str) -> nodes.table:
-    lines = [
-        [row["quantity"], f"{row['value']:.3g} {row['unit']}".strip(), row["note"] or "–"] for row in rows
-    ]
+    lines = [[row["quantity"], f"{row['value']:.3g} {row['unit']}".strip(), row["note"] or "–"] for row in rows]
     return _table(["Quantity", "Value", "How"], lines, caption=caption)
 
 
@@ -405,11 +394,7 @@ class Diagram(SphinxDirective):
         except OSError:
             raise self.error(f"there is no drawing {path.name} in {path.parent}") from None
         opening = nodes.raw("", f'<figure class="rim-diagram">{drawing}<figcaption>', format="html")
-        return [
-            opening,
-            *self.parse_content_to_nodes(),
-            nodes.raw("", "</figcaption></figure>", format="html"),
-        ]
+        return [opening, *self.parse_content_to_nodes(), nodes.raw("", "</figcaption></figure>", format="html")]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -36,9 +36,7 @@ class Comparison(_FromData):
             drawn += self._paper(mine, [group for group in groups if group[0].paper == paper], suites)
         return drawn
 
-    def _paper(
-        self, rows: list[dict[str, Any]], groups: list[list[Number]], suites: Sequence[str]
-    ) -> list[nodes.Node]:
+    def _paper(self, rows: list[dict[str, Any]], groups: list[list[Number]], suites: Sequence[str]) -> list[nodes.Node]:
         paper = rows[0]["paper"]
         section = _section(self.title_of(paper), f"compared-{paper}")
         by_claim = {claim: list(each) for claim, each in groupby(groups, lambda group: group[0].claim)}
@@ -52,23 +50,17 @@ class Comparison(_FromData):
         if groups:
             section += _numbers(groups, suites)
         if rest := [row for row in rows if row["claim"] not in by_claim]:
-            section += _paragraph(
-                f"Not compared, since fewer than two suites have a number: {_states(rest)}."
-            )
+            section += _paragraph(f"Not compared, since fewer than two suites have a number: {_states(rest)}.")
         return [section]
 
-    def _claim(
-        self, rows: list[dict[str, Any]], groups: list[list[Number]], suites: Sequence[str]
-    ) -> list[nodes.Node]:
+    def _claim(self, rows: list[dict[str, Any]], groups: list[list[Number]], suites: Sequence[str]) -> list[nodes.Node]:
         stated = _paragraph(nodes.strong("", rows[0]["claim"]), " ", rows[0]["statement"])
         verdicts = nodes.container(classes=["rim-verdicts"])
         for row in rows:
             verdict = self.outcome(row)
             verdict.insert(0, [nodes.literal("", row["suite"]), nodes.Text(" ")])
             verdicts += verdict
-        figures = "".join(
-            charts.render(comparison.figure(group, suites).to_dict())["text/html"] for group in groups
-        )
+        figures = "".join(charts.render(comparison.figure(group, suites).to_dict())["text/html"] for group in groups)
         return [stated, verdicts, nodes.raw("", f'<div class="rim-panels">{figures}</div>', format="html")]
 
 

@@ -89,9 +89,7 @@ class Source:
         """The entry of `module` or `module.name`; raises SourceError where there is none or it has no docstring."""
         module, _, inside = name.partition(".")
         if not inside:
-            return Entry(
-                module, "", "module", parse_docstring(name, ast.get_docstring(self._tree(module)), ())
-            )
+            return Entry(module, "", "module", parse_docstring(name, ast.get_docstring(self._tree(module)), ()))
         found = self._resolve(module, inside)
         if found is None or isinstance(found[1], ast.expr):
             raise SourceError(f"{PACKAGE}.{name}: there is no such function or class")
@@ -143,9 +141,7 @@ class Source:
             module,
             name,
             kind,
-            parse_docstring(
-                f"{module}.{name}", ast.get_docstring(node), [p.name.lstrip("*") for p in parameters]
-            ),
+            parse_docstring(f"{module}.{name}", ast.get_docstring(node), [p.name.lstrip("*") for p in parameters]),
             parameters,
             self._type(module, node.returns),
             gives=tuple(self._classes(module, node.returns)),
@@ -213,25 +209,18 @@ class Source:
         if arguments.kwarg:
             yield self._parameter(module, arguments.kwarg, None, "**")
 
-    def _parameter(
-        self, module: str, argument: ast.arg, default: ast.expr | None, stars: str = ""
-    ) -> Parameter:
+    def _parameter(self, module: str, argument: ast.arg, default: ast.expr | None, stars: str = "") -> Parameter:
         shown = None if default is None else self._default(module, default)
         return Parameter(stars + argument.arg, self._type(module, argument.annotation), shown)
 
     def _field(self, module: str, name: str, line: ast.AnnAssign) -> Parameter | None:
         """A dataclass field as its constructor takes it; None where it does not."""
         default = None if line.value is None else self._default(module, line.value)
-        if isinstance(line.value, ast.Call) and ast.unparse(line.value.func) in (
-            "field",
-            "dataclasses.field",
-        ):
+        if isinstance(line.value, ast.Call) and ast.unparse(line.value.func) in ("field", "dataclasses.field"):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in line.value.keywords}
             if given.get("init") == "False":
                 return None
-            default = given.get("default") or {"dict": "{}", "list": "[]"}.get(
-                given.get("default_factory", "")
-            )
+            default = given.get("default") or {"dict": "{}", "list": "[]"}.get(given.get("default_factory", ""))
         return Parameter(name, self._type(module, line.annotation), default)
 
     def _default(self, module: str, node: ast.expr) -> str:
@@ -311,9 +300,7 @@ def _items(where: str, text: str, known: Iterable[str] | None) -> Iterator[Item]
         ends = [match.start() for match in heads[1:]] + [len(joined)]
         for match, end in zip(heads, ends, strict=True):
             if not _known(match[1], known):
-                raise SourceError(
-                    f"{PACKAGE}.{where}: its docstring describes {match[1]!r}, which is not there"
-                )
+                raise SourceError(f"{PACKAGE}.{where}: its docstring describes {match[1]!r}, which is not there")
             yield Item(_names(match[1]), match[1], joined[match.end() : end].strip())
 
 
@@ -361,9 +348,7 @@ def _assigned(node: ast.ClassDef) -> list[str]:
     return [
         each.attr
         for each in ast.walk(node)
-        if isinstance(each, ast.Attribute)
-        and isinstance(each.ctx, ast.Store)
-        and ast.unparse(each.value) == "self"
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and ast.unparse(each.value) == "self"
     ]
 
 

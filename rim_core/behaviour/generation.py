@@ -38,11 +38,7 @@ _GREEDY: dict[str, Any] = {
 
 @torch.no_grad()
 def generate(
-    model: Model,
-    texts: Sequence[str],
-    max_new_tokens: int = 64,
-    max_batch: int = 64,
-    max_tokens: int | None = None,
+    model: Model, texts: Sequence[str], max_new_tokens: int = 64, max_batch: int = 64, max_tokens: int | None = None
 ) -> list[str]:
     """Greedy answers, one a text, without the special tokens; batches are left-padded, so an answer is the same
     alone and among others up to rounding. Each ends where the model ends its turn.
@@ -82,10 +78,7 @@ def generate(
         inputs = pad_left(batch, model.tokenizer.pad_token_id, model.device)
         out = model.hf.generate(**inputs, **settings)
         said = decode(model.tokenizer, out[:, inputs["input_ids"].shape[1] :].tolist())
-        return [
-            open_thought(model.tokenizer, texts[order[row]]) + new
-            for row, new in zip(rows, said, strict=True)
-        ]
+        return [open_thought(model.tokenizer, texts[order[row]]) + new for row, new in zip(rows, said, strict=True)]
 
     answers = [""] * len(ids)
     with tqdm(total=len(ids), desc="generating", unit="answer", delay=5, disable=None, leave=False) as bar:
@@ -113,8 +106,7 @@ def _cache_tokens(model: Model) -> int:
 def _costs(lengths: Sequence[int], new: int, max_batch: int, budget: int, cached: int) -> list[int]:
     """Each text's share of the budget, so that its batch keeps to `max_batch` texts and to `cached` tokens too."""
     return [
-        max(length, -(-budget // max_batch), min(budget, -(-(length + new) * budget // cached)))
-        for length in lengths
+        max(length, -(-budget // max_batch), min(budget, -(-(length + new) * budget // cached))) for length in lengths
     ]
 
 
@@ -132,9 +124,7 @@ def refusals(
         InputError: no answers, an unknown judge, or one that finds harm instead.
     """
     if getattr(resolve(judge), "finds", "refusal") != "refusal":
-        raise InputError(
-            "this judge finds harm, and a harmless answer need not be a refusal: use another judge"
-        )
+        raise InputError("this judge finds harm, and a harmless answer need not be a refusal: use another judge")
     found = verdicts(judge, answers, prompts)
     _tell_unfinished(answers)
     return found

@@ -87,11 +87,7 @@ def _load_classifier(source: str, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         hf, info = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            use_safetensors=True,
-            trust_remote_code=False,
-            device_map={"": device},
-            output_loading_info=True,
+            source, use_safetensors=True, trust_remote_code=False, device_map={"": device}, output_loading_info=True
         )
     except (OSError, HfHubHTTPError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -169,6 +165,5 @@ class PromptJudge:
         if not tokenizer.chat_template:
             raise InputError(f"{self.model.name} has no chat template to show an exchange in: use a template")
         return [
-            ChatText(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-            for turn in turns
+            ChatText(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns
         ]

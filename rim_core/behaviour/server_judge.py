@@ -81,9 +81,7 @@ class ServerJudge:
         missing = {key: chat for key, chat in zip(keys, chats, strict=True) if key not in self._known}
         with (
             ThreadPoolExecutor(self.concurrency) as pool,
-            tqdm(
-                total=len(missing), desc="judging", unit="answer", delay=5, disable=None, leave=False
-            ) as bar,
+            tqdm(total=len(missing), desc="judging", unit="answer", delay=5, disable=None, leave=False) as bar,
         ):
             asked = {pool.submit(self._ask, chat): key for key, chat in missing.items()}
             try:
@@ -101,9 +99,7 @@ class ServerJudge:
         key = os.environ.get(self.key_variable, "").strip()
         # A key that HTTP cannot carry would be quoted in the library's own error.
         if not key or not key.isascii() or not key.isprintable():
-            raise InputError(
-                f"the environment variable {self.key_variable} holds no key: set it to the server's"
-            )
+            raise InputError(f"the environment variable {self.key_variable} holds no key: set it to the server's")
         return {"Authorization": f"Bearer {key}"}
 
     def _ask(self, chat: list[dict[str, str]]) -> bool:

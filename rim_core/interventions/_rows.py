@@ -60,12 +60,7 @@ class Clean:
 
 @torch.no_grad()
 def run_clean(
-    model: Model,
-    ids: Sequence[Sequence[int]],
-    shared: int,
-    tail: int,
-    layers: Sequence[int],
-    metric: Bound,
+    model: Model, ids: Sequence[Sequence[int]], shared: int, tail: int, layers: Sequence[int], metric: Bound
 ) -> Clean:
     """Run a batch of prompts once, keeping what patched runs that pass through `layers` need.
 
@@ -94,9 +89,7 @@ def run_clean(
         for layer in layers:
             # Before any intervention's hook: the rows pass through those hooks themselves.
             handles.append(
-                model.layout.layers[layer].register_forward_pre_hook(
-                    keep(layer), with_kwargs=True, prepend=True
-                )
+                model.layout.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True, prepend=True)
             )
         with reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final:
             model.layout.body(**inputs)
@@ -134,9 +127,7 @@ class _Beginning:
     def __init__(self, cache: DynamicCache, length: int) -> None:
         self._cache, self._length = cache, length
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         kept: Any = self._cache.layers[layer_idx]
         n = self._length
         return torch.cat([kept.keys[:, :, :n], keys], 2), torch.cat([kept.values[:, :, :n], values], 2)
@@ -149,13 +140,7 @@ class _Rows:
     """The rows of one pass: how many there are at each layer, what is written in them, and what they see."""
 
     def __init__(
-        self,
-        model: Model,
-        clean: Clean,
-        site: str,
-        runs: Sequence[Run],
-        source: Mapping[int, Tensor],
-        offsets: Tensor,
+        self, model: Model, clean: Clean, site: str, runs: Sequence[Run], source: Mapping[int, Tensor], offsets: Tensor
     ) -> None:
         self._model, self._clean, self._site = model, clean, site
         self._source, self._offsets = source, offsets

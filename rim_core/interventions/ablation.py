@@ -222,19 +222,13 @@ def _check(
 def _check_left(model: Model, columns: dict[tuple[str, int], list[int]]) -> None:
     for (_, layer), chosen in columns.items():
         if len(chosen) == model.n_heads * model.head_dim:
-            raise InputError(
-                f"keep_norm: all heads of layer {layer} are removed, so nothing is left to rescale"
-            )
+            raise InputError(f"keep_norm: all heads of layer {layer} are removed, so nothing is left to rescale")
 
 
-def _columns(
-    model: Model, heads: Sequence[Pair], neurons: Sequence[Pair]
-) -> dict[tuple[str, int], list[int]]:
+def _columns(model: Model, heads: Sequence[Pair], neurons: Sequence[Pair]) -> dict[tuple[str, int], list[int]]:
     """Which entries of each site's flat width are ablated."""
     if neurons and not model.d_mlp:
-        raise InputError(
-            f"{model.name} is a mixture of experts, which has no single neuron basis: ablate heads"
-        )
+        raise InputError(f"{model.name} is a mixture of experts, which has no single neuron basis: ablate heads")
     columns: dict[tuple[str, int], list[int]] = {}
     for layer, head in _pairs(model, heads, "head", model.n_heads):
         start = head * model.head_dim
@@ -309,9 +303,7 @@ def random_sets(
         strata = [(_pool(model, heads, None), len(heads))]
     possible = math.prod(math.comb(len(pool), count) for pool, count in strata)
     if not 1 <= n_sets <= possible:
-        raise InputError(
-            f"cannot draw {n_sets} different sets of {len(heads)} other heads: there are {possible}"
-        )
+        raise InputError(f"cannot draw {n_sets} different sets of {len(heads)} other heads: there are {possible}")
     source = random.Random(seed)
     found: dict[tuple[Pair, ...], None] = {}
     while len(found) < n_sets:

@@ -69,9 +69,7 @@ def attribution_patch(
         InputError, IdentityError: as `patch`; or a metric without a gradient.
     """
     sample = whole(sample, "sample", 1)
-    plan = make_plan(
-        model, source, destination, components, metric, layers, positions, source_positions, units
-    )
+    plan = make_plan(model, source, destination, components, metric, layers, positions, source_positions, units)
     effects = torch.empty(len(destination), len(plan.runs))
     clean, original = torch.empty(len(destination)), torch.full((len(destination),), float("nan"))
     # A backward pass keeps every layer's activations: about as much again a layer as a forward pass holds in all.
@@ -142,9 +140,7 @@ def _attribute_batch(model: Model, plan: Plan, rows: list[int]) -> tuple[Tensor,
         with torch.enable_grad(), editing(model, edits):
             model.layout.body(**inputs, use_cache=False)
             if not scored[0].requires_grad:
-                raise InputError(
-                    "the metric has no gradient: attribution needs a differentiable one; use patch"
-                )
+                raise InputError("the metric has no gradient: attribution needs a differentiable one; use patch")
             tensors = [found[layer] for layer in wanted]
             gradients = torch.autograd.grad(scored[0].sum(), tensors, allow_unused=True)
     finally:
@@ -159,15 +155,10 @@ def _attribute_batch(model: Model, plan: Plan, rows: list[int]) -> tuple[Tensor,
         product = change * pick(gradient, each, at).float() * first[..., None].to(tensor.device)
         products[layer] = product.sum(1).to(model.device)
     effects = [
-        torch.stack([products[layer][:, columns].sum(-1) for layer, columns in run.writes]).sum(0)
-        for run in plan.runs
+        torch.stack([products[layer][:, columns].sum(-1) for layer, columns in run.writes]).sum(0) for run in plan.runs
     ]
     approximate = torch.stack(effects, dim=1).cpu()
-    return (
-        approximate,
-        scored[0].detach().float().cpu(),
-        None if source_score is None else source_score.float().cpu(),
-    )
+    return (approximate, scored[0].detach().float().cpu(), None if source_score is None else source_score.float().cpu())
 
 
 def _leaf(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

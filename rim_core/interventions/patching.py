@@ -95,9 +95,7 @@ class Patched:
                 diverging=True,
             )
         frame["component"] = self.components
-        return charts.by_layer(
-            frame, "effect", series="component", title=title, y_title=value, description=about
-        )
+        return charts.by_layer(frame, "effect", series="component", title=title, y_title=value, description=about)
 
 
 def patch(
@@ -142,9 +140,7 @@ def patch(
         IdentityError: padding changes this model's numbers, its heads do not add up, or its layers keep other state
             than keys and values, so that patched runs cannot stand side by side on one beginning.
     """
-    plan = make_plan(
-        model, source, destination, components, metric, layers, positions, source_positions, units
-    )
+    plan = make_plan(model, source, destination, components, metric, layers, positions, source_positions, units)
     if max_tokens is not None:
         max_tokens = whole(max_tokens, "patch: max_tokens", 1)
     from tqdm import tqdm
@@ -170,9 +166,7 @@ def patch(
                 original[rows] = source_score
             bar.update(len(rows))
     check_scores(plan, clean, original, effects)
-    return Patched(
-        components, plan.metric.title, plan.shaped(effects), clean, original, plan.layers, plan.units
-    )
+    return Patched(components, plan.metric.title, plan.shaped(effects), clean, original, plan.layers, plan.units)
 
 
 def check_scores(plan: Plan, clean: Tensor, source: Tensor, effects: Tensor) -> None:
@@ -186,29 +180,20 @@ def check_scores(plan: Plan, clean: Tensor, source: Tensor, effects: Tensor) -> 
 
 
 @torch.no_grad()
-def _patch_batch(
-    model: Model, plan: Plan, rows: list[int], budget: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _patch_batch(model: Model, plan: Plan, rows: list[int], budget: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scores `[pair, run]`, the clean scores `[pair]` and the source's, on the CPU."""
     values, source_score = read_source(model, plan, rows)
     positions = [plan.positions[row] for row in rows]
     tail = -min(map(min, positions))
     lowest = plan.runs[0].start + (plan.site == "resid_post")
     clean = run_clean(
-        model,
-        [plan.ids[row] for row in rows],
-        plan.shared,
-        tail,
-        range(lowest, plan.metric.layer + 1),
-        plan.metric,
+        model, [plan.ids[row] for row in rows], plan.shared, tail, range(lowest, plan.metric.layer + 1), plan.metric
     )
     offsets = rectangle(positions, model.device) + tail
     at_once = max(1, min(budget // (len(rows) * tail), _MAX_ROWS // tail))
     scores = torch.cat(
         [
-            run_patched(
-                model, clean, plan.site, plan.runs[i : i + at_once], values, offsets, plan.metric
-            ).cpu()
+            run_patched(model, clean, plan.site, plan.runs[i : i + at_once], values, offsets, plan.metric).cpu()
             for i in range(0, len(plan.runs), at_once)
         ],
         dim=1,

@@ -97,9 +97,7 @@ def make_plan(
                 if isinstance(positions, str) and positions == "all"
                 else "name as many positions in the source as in the destination"
             )
-            raise InputError(
-                f"pair {pair}: {len(b)} source positions for {len(a)} destination positions: {hint}"
-            )
+            raise InputError(f"pair {pair}: {len(b)} source positions for {len(a)} destination positions: {hint}")
     chosen, runs, named = _runs(model, components, layers, units)
     order = sorted(range(len(runs)), key=lambda i: runs[i].start)
     return Plan(
@@ -153,10 +151,7 @@ def _per_pair(positions: Positions, ids: list[list[int]], what: str) -> list[lis
 
 
 def _runs(
-    model: Model,
-    components: str,
-    layers: Sequence[int] | None,
-    units: Sequence[Unit | Sequence[Unit]] | None,
+    model: Model, components: str, layers: Sequence[int] | None, units: Sequence[Unit | Sequence[Unit]] | None
 ) -> tuple[tuple[int, ...], list[Run], tuple[Any, ...] | None]:
     chosen = model.checked_layers(layers)
     if len(set(chosen)) < len(chosen):
@@ -173,9 +168,7 @@ def _runs(
         heads = [(layer, head) for layer in chosen for head in range(model.n_heads)]
         return chosen, [Run((_columns(model, components, unit),)) for unit in heads], None
     if single or layers is not None:
-        raise InputError(
-            "units name heads or neurons and their layers: use them with those components, without layers"
-        )
+        raise InputError("units name heads or neurons and their layers: use them with those components, without layers")
     given = listed(units, "units")
     if not given:
         raise InputError("units is empty: name at least one")

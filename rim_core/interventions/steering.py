@@ -82,14 +82,10 @@ def random_direction(like: Any, seed: int = 0) -> Tensor:
     given = torch.eye(1, whole(like, "width", 1))[0] if is_whole(like) else torch.as_tensor(like).cpu()
     rows = torch.atleast_2d(given.double())
     if rows.dim() != 2 or not rows.numel() or not rows.isfinite().all():
-        raise InputError(
-            f"direction has shape {list(given.shape)}: give finite numbers [d_model] or [layer, d_model]"
-        )
+        raise InputError(f"direction has shape {list(given.shape)}: give finite numbers [d_model] or [layer, d_model]")
     # Rows = lengths along their own orthonormal axes; the axes are exchanged for random ones.
     left, lengths, _ = torch.linalg.svd(rows, full_matrices=False)
-    noise = torch.randn(
-        rows.shape[1], len(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    noise = torch.randn(rows.shape[1], len(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     axes, upper = torch.linalg.qr(noise)
     # With signs fixed the axes are uniform; without, they depend on how QR was computed.
     axes = axes * upper.diagonal().sign()

@@ -41,9 +41,7 @@ def normalised(direction: Tensor, name: str) -> Tensor:
     lengths = vectors.norm(dim=-1, keepdim=True)
     if zero := (lengths[..., 0] == 0).nonzero().tolist():
         where = f" at index {zero[0][0]}" if zero[0] else ""
-        raise InputError(
-            f"{name} has length 0{where} and points nowhere; leave it out, or check what it was made of"
-        )
+        raise InputError(f"{name} has length 0{where} and points nowhere; leave it out, or check what it was made of")
     return vectors / lengths
 
 
@@ -79,9 +77,7 @@ def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def principal(
-    parts: Sequence[Tensor], rows: Ints | None = None, rank: int | None = None
-) -> tuple[Tensor, Tensor]:
+def principal(parts: Sequence[Tensor], rows: Ints | None = None, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """Principal directions about 0 of all parts' rows together, `[d, rank]`, and their squared singular values.
 
     Directions without variance are left out. Works on the smaller of the Gram and the covariance matrix, a piece

@@ -65,9 +65,7 @@ class AttentionPatterns:
         entropy, sink = self.entropy, self.sink
         if len(self.queries) > 1:
             absent = torch.tensor(self.queries)[None, :] < -self.mask.sum(dim=1, keepdim=True)
-            entropy, sink = (
-                values.masked_fill(absent[:, :, None, None], torch.nan) for values in (entropy, sink)
-            )
+            entropy, sink = (values.masked_fill(absent[:, :, None, None], torch.nan) for values in (entropy, sink))
         axes = {"query": self.queries, "layer": self.layers, "head": range(entropy.shape[-1])}
         return mean_frame(entropy, **axes).assign(sink=mean_frame(sink, **axes)["mean"])
 
@@ -186,10 +184,7 @@ class SpanAttention:
 
 @torch.no_grad()
 def attention_patterns(
-    model: Model,
-    texts: Sequence[str],
-    layers: Sequence[int] | None = None,
-    queries: str | int | Sequence[int] = "last",
+    model: Model, texts: Sequence[str], layers: Sequence[int] | None = None, queries: str | int | Sequence[int] = "last"
 ) -> AttentionPatterns:
     """Attention probabilities by head from chosen query positions.
 
@@ -299,9 +294,7 @@ def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list
         raise InputError(f"unknown queries {queries!r}: 'last', 'all', or whole numbers below 0")
     chosen = [-1] if isinstance(queries, str) else checking.whole_numbers(queries, "queries")
     if outside := [query for query in chosen if not -min(lengths) <= query < 0]:
-        raise InputError(
-            f"query {outside[0]} is out of range: count from the end, -1 to -{min(lengths)} here"
-        )
+        raise InputError(f"query {outside[0]} is out of range: count from the end, -1 to -{min(lengths)} here")
     return chosen
 
 

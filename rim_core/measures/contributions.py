@@ -153,9 +153,7 @@ class HeadContributions:
 
 
 @torch.no_grad()
-def direct_logit_attribution(
-    model: Model, texts: Sequence[str], toward: Tokens, against: Tokens
-) -> Attribution:
+def direct_logit_attribution(model: Model, texts: Sequence[str], toward: Tokens, against: Tokens) -> Attribution:
     """Split the logit difference at the last token exactly into embedding, heads, biases and MLPs.
 
     The final norm's scale is frozen at the value it has for that prompt, which makes the readout linear; a
@@ -224,12 +222,7 @@ def direct_logit_attribution(
             "their size; if an edit of the residual stream is active, leave its context"
         )
     return Attribution(
-        toward_labels,
-        against_labels,
-        logit_difference=difference,
-        constant=constant,
-        residual=residual,
-        **found,
+        toward_labels, against_labels, logit_difference=difference, constant=constant, residual=residual, **found
     )
 
 
@@ -261,9 +254,7 @@ def head_contributions(
     directions = by_layer(model, direction).cpu()
     unit = directions / directions.norm(dim=-1, keepdim=True)
     ways = [way(model, "attn_out", layer) for layer in range(model.n_layers)]
-    pulled = torch.stack(
-        [_pulled(model, layer, passage.back(unit[layer])) for layer, passage in enumerate(ways)]
-    )
+    pulled = torch.stack([_pulled(model, layer, passage.back(unit[layer])) for layer, passage in enumerate(ways)])
 
     def read(acts: Activations) -> dict[str, Tensor]:
         heads = (acts["head_z"] * pulled).sum(dim=-1)
@@ -313,9 +304,7 @@ def _component_frame(positions: Sequence[int], heads: Tensor, **others: Tensor) 
     return frame[["component", "position", "layer", "head", "mean", "low", "high", "n"]]
 
 
-def _head_map(
-    frame: pd.DataFrame, position: int, title: str, value_title: str, what: str
-) -> "alt.LayerChart":
+def _head_map(frame: pd.DataFrame, position: int, title: str, value_title: str, what: str) -> "alt.LayerChart":
     from rim_core import charts
 
     heads = frame[(frame["component"] == "head") & (frame["position"] == position)]

@@ -120,6 +120,4 @@ def whitened_cosine(
         rest = direction - basis @ coordinates
         return torch.cat([coordinates * inside, rest * floor**-0.5 if floor > 0 else 0 * rest])
 
-    return cosine(
-        whiten(normalised(first, "whitened_cosine: u")), whiten(normalised(second, "whitened_cosine: v"))
-    )
+    return cosine(whiten(normalised(first, "whitened_cosine: u")), whiten(normalised(second, "whitened_cosine: v")))

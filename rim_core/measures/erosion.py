@@ -79,9 +79,7 @@ class Erosion:
             "value",
             series="series",
             title=title or "How far has fine-tuning gone back to base?",
-            y_title="erosion: 0 instruct, 1 base"
-            if of_fraction
-            else "mean projection on instruct minus base",
+            y_title="erosion: 0 instruct, 1 base" if of_fraction else "mean projection on instruct minus base",
             description=(
                 f"{measure.capitalize()} over {len(self.direction)} layers on {len(self.held_out)} prompts; "
                 f"fraction at the last layer {self.fraction.value[-1]:.2f}."
@@ -162,9 +160,7 @@ def _erosion(
     with np.errstate(divide="ignore", invalid="ignore"):
         value = (instruct - other) / (instruct - base)
         ends = np.percentile((drawn_instruct - drawn_other) / gap, [2.5, 97.5], axis=0)
-    fraction = LayerEstimates(
-        value, np.where(reliable, ends[0], -np.inf), np.where(reliable, ends[1], np.inf)
-    )
+    fraction = LayerEstimates(value, np.where(reliable, ends[0], -np.inf), np.where(reliable, ends[1], np.inf))
     return fraction, projections
 
 
@@ -173,8 +169,6 @@ def _shift(models: Mapping[str, Tensor], rows: Ints) -> Tensor:
     means = [models[name][rows].mean(0, dtype=torch.float64) for name in ("instruct", "base")]
     shift = means[0] - means[1]
     if not shift.any():
-        raise InputError(
-            "erosion_fraction: base and instruct are equal in every layer; give two models that differ"
-        )
+        raise InputError("erosion_fraction: base and instruct are equal in every layer; give two models that differ")
     lengths = shift.norm(dim=-1, keepdim=True)
     return torch.where(lengths > 0, shift / lengths, 0.0)

@@ -130,9 +130,7 @@ class GradientCosines:
             f"{name} {start}-{end - 1}" for name, start, end in zip(names, [0, *ends], ends, strict=False)
         )
         first, second = np.divmod(np.arange(len(order) ** 2), len(order))
-        frame = pd.DataFrame(
-            {"first": first, "second": second, "cosine": found.cosines[np.ix_(order, order)].ravel()}
-        )
+        frame = pd.DataFrame({"first": first, "second": second, "cosine": found.cosines[np.ix_(order, order)].ravel()})
         return charts.heatmap(
             frame,
             "cosine",
@@ -188,14 +186,10 @@ def compare(gram: Floats, examples: Labelled, seed: int, about: str) -> Gradient
     if not np.isfinite(gram).all():
         raise InputError("a gradient is not finite: find out which, or load the model in float32")
     if (squares <= 0).any():
-        raise InputError(
-            f"the gradient of example {squares.argmin()} is zero, which has no direction: drop it"
-        )
+        raise InputError(f"the gradient of example {squares.argmin()} is zero, which has no direction: drop it")
     centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     if (centred.diagonal() <= 1e-12 * squares).any():
-        raise InputError(
-            "a gradient equals the mean of all: centring leaves no direction; give other examples"
-        )
+        raise InputError("a gradient equals the mean of all: centring leaves no direction; give other examples")
     return GradientCosines(
         raw=_statistics(gram, examples, seed),
         centred=_statistics(centred, examples, seed),
@@ -211,9 +205,7 @@ def _statistics(products: Floats, examples: Labelled, seed: int) -> CosineStatis
     codes, clusters = examples.codes, examples.clusters
     apart, same = clusters[:, None] != clusters, codes[:, None] == codes
     if not ((apart & same).any() and (apart & ~same).any()):
-        raise InputError(
-            "no examples of different pairs share a label, or none differ in it: give more pairs"
-        )
+        raise InputError("no examples of different pairs share a label, or none differ in it: give more pairs")
     # The first draw is the sample itself.
     draws = np.concatenate([np.ones((1, len(codes))), _resamples(codes, clusters, seed)])
     method = "percentile bootstrap over " + ("pairs" if examples.paired else "examples")

@@ -136,13 +136,7 @@ def _module(model: Model, layer: int, weight: str) -> nn.Module:
 
 
 def _factors(
-    model: Model,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    layer: int,
-    weight: str,
-    loss_on: str,
-    tool: str,
+    model: Model, prompts: Sequence[str], completions: Sequence[str], layer: int, weight: str, loss_on: str, tool: str
 ) -> list[Factors]:
     """The two factors of each example's gradient."""
     if loss_on not in ("completion", "all"):
@@ -189,10 +183,7 @@ def _pass(
         scored &= positions[:, 1:] >= 0
     before, model.frame = model.frame, Frame(positions, positions)
     try:
-        with (
-            _leaf_at(module) as held,
-            reading(layout, ("resid_post",), lambda tensor: tensor.clone(), [last]) as found,
-        ):
+        with _leaf_at(module) as held, reading(layout, ("resid_post",), lambda tensor: tensor.clone(), [last]) as found:
             layout.body(**inputs, use_cache=False)
             states = pick(found["resid_post", last][:, :-1], scored)
             gradient = _loss_gradient(layout, states.detach(), inputs["input_ids"][:, 1:][scored])

@@ -22,11 +22,7 @@ from rim_core.tables import mean_frame
 if TYPE_CHECKING:
     import altair as alt
 
-MEASURES = {
-    "logit": "logit",
-    "log_probability": "log-probability (nats)",
-    "rank": "rank (0 is the top token)",
-}
+MEASURES = {"logit": "logit", "log_probability": "log-probability (nats)", "rank": "rank (0 is the top token)"}
 # Logits worked out at a time, in numbers.
 _LOGITS = 2**24
 
@@ -55,9 +51,9 @@ class LogitLens:
         """Give a row for each position, layer, token and measure: mean over texts, 95 % t interval, n."""
         return pd.concat(
             [
-                mean_frame(
-                    getattr(self, name), position=self.positions, layer=self.layers, token=self.tokens
-                ).assign(measure=name)
+                mean_frame(getattr(self, name), position=self.positions, layer=self.layers, token=self.tokens).assign(
+                    measure=name
+                )
                 for name in MEASURES
             ],
             ignore_index=True,
@@ -76,9 +72,7 @@ class LogitLens:
         where = one_of(self.positions, position, "LogitLens.plot")
         frame = self.to_frame().query("measure == @measure and position == @where")
         last = frame[frame["layer"] == max(self.layers)]
-        ends = "; ".join(
-            f"{token} {mean:.3g}" for token, mean in zip(last["token"], last["mean"], strict=True)
-        )
+        ends = "; ".join(f"{token} {mean:.3g}" for token, mean in zip(last["token"], last["mean"], strict=True))
         return charts.by_layer(
             frame,
             "mean",

@@ -124,9 +124,7 @@ def log_likelihood(
         if model.remote:
             states, targets = model.remote.states([ids[row] for row in rows], [lengths[row] for row in rows])
             read = model.remote.read_out(states, targets[:, None])
-            return _sums([read["log_probability"][:, 0]], rows, lengths), _sums(
-                [read["entropy"]], rows, lengths
-            )
+            return _sums([read["log_probability"][:, 0]], rows, lengths), _sums([read["entropy"]], rows, lengths)
         states, targets = _states(model, [ids[row] for row in rows], [lengths[row] for row in rows])
         chosen, entropies = [], []
         for piece in _pieces(model, len(states)):

@@ -128,10 +128,7 @@ class ActivationShift:
 
 
 def safety_neurons(
-    original: "ArrayLike | Tensor",
-    counterfactuals: "Sequence[ArrayLike | Tensor]",
-    share: float = 0.01,
-    seed: int = 0,
+    original: "ArrayLike | Tensor", counterfactuals: "Sequence[ArrayLike | Tensor]", share: float = 0.01, seed: int = 0
 ) -> SafetyNeurons:
     """Find the neurons that rise most on forced-refusal counterfactuals, in every set of them (paper A, A.4).
 
@@ -261,9 +258,7 @@ def activation_shift(
             not exist, an unknown aggregator, eps not above 0, or neurons that were all silent before.
     """
     if aggregator not in AGGREGATORS:
-        raise InputError(
-            f"activation_shift: no aggregator {aggregator!r}; use one of {', '.join(AGGREGATORS)}"
-        )
+        raise InputError(f"activation_shift: no aggregator {aggregator!r}; use one of {', '.join(AGGREGATORS)}")
     if not eps > 0:
         raise InputError(f"activation_shift: eps is {eps}; give a number above 0")
     lost, n_safety = _shift(before_safety, after_safety, neurons, eps, -1, seed, "safety")
@@ -297,16 +292,12 @@ def _shift(
     picked = [found[:, chosen[:, 0], chosen[:, 1]].double().numpy() for found in (first, second)]
     values = np.concatenate(picked, axis=1)
     # Before and after are resampled together; safety and task prompts apart.
-    draws = stats.resampled_means(
-        values, None, RESAMPLES, int(stats.derive_generator(seed, what).integers(2**31))
-    )
+    draws = stats.resampled_means(values, None, RESAMPLES, int(stats.derive_generator(seed, what).integers(2**31)))
     old, new = np.split(np.concatenate([values.mean(0, keepdims=True), draws]), 2, axis=1)
     size = np.abs(old)
     # The sample's own floor for all resamples: a resample may be silent where the sample is not.
     if not (floor := eps * size[0].mean()):
-        raise InputError(
-            f"activation_shift: the neurons are all silent in before_{what}: nothing to compare with"
-        )
+        raise InputError(f"activation_shift: the neurons are all silent in before_{what}: nothing to compare with")
     return (np.maximum(sign * (new - old), 0) / (size + floor)).mean(1), len(first)
 
 
@@ -332,13 +323,9 @@ def _activations(values: Any, name: str) -> Tensor:
     try:
         given = torch.as_tensor(values).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError):
-        raise InputError(
-            f"{name} is no array: give rim.capture(model, texts, 'mlp_neurons')['mlp_neurons']"
-        ) from None
+        raise InputError(f"{name} is no array: give rim.capture(model, texts, 'mlp_neurons')['mlp_neurons']") from None
     if given.ndim != 3 or len(given) < 2 or 0 in given.shape:
-        raise InputError(
-            f"{name} is {tuple(given.shape)}; give [prompt, layer, d_mlp] with at least two prompts"
-        )
+        raise InputError(f"{name} is {tuple(given.shape)}; give [prompt, layer, d_mlp] with at least two prompts")
     if not torch.isfinite(given).all():
         raise InputError(f"{name} holds NaN or infinity: capture it in float32 or drop those prompts")
     return given

@@ -184,13 +184,10 @@ class AdjacentSimilarity:
         from rim_core import charts
 
         if measure not in self.measures:
-            raise InputError(
-                f"adjacent_similarity: no measure {measure!r}; use one of {sorted(self.measures)}"
-            )
+            raise InputError(f"adjacent_similarity: no measure {measure!r}; use one of {sorted(self.measures)}")
         words = measure.replace("_", " ")
         means = "; ".join(
-            f"{series} {np.nanmean(similarity.value):.2f}"
-            for series, similarity in self.measures[measure].items()
+            f"{series} {np.nanmean(similarity.value):.2f}" for series, similarity in self.measures[measure].items()
         )
         frame = self.to_frame()
         return charts.by_layer(
@@ -317,9 +314,7 @@ def adjacent_similarity(
         InputError: no shuffled control, fewer than two layers, or directions of another shape or not finite.
     """
     if "shuffled" not in result.controls:
-        raise InputError(
-            'adjacent_similarity: the result has no null; pass controls=("shuffled",) to probe_layers'
-        )
+        raise InputError('adjacent_similarity: the result has no null; pass controls=("shuffled",) to probe_layers')
     if len(result.accuracy) < 2:
         raise InputError("adjacent_similarity: one layer has no neighbour; probe at least two layers")
     if shared is None and shared_shuffled is not None:
@@ -331,12 +326,10 @@ def adjacent_similarity(
             "random_directions": _random_cosines(*result.weights.shape),
         },
         "decision_correlation": {
-            name: _correlations(probes.decision_values, result.test_groups, seed)
-            for name, probes in series.items()
+            name: _correlations(probes.decision_values, result.test_groups, seed) for name, probes in series.items()
         },
         "decision_correlation_within_label": {
-            name: _correlations(_within_label(probes), result.test_groups, seed)
-            for name, probes in series.items()
+            name: _correlations(_within_label(probes), result.test_groups, seed) for name, probes in series.items()
         },
     }
     if shared is not None:
@@ -431,9 +424,7 @@ def _split(y: Ints, groups: Ints | None, test_size: float, rng: np.random.Genera
     state = int(rng.integers(2**32))
     if groups is None:
         try:
-            train, test = train_test_split(
-                np.arange(len(y)), test_size=test_size, stratify=y, random_state=state
-            )
+            train, test = train_test_split(np.arange(len(y)), test_size=test_size, stratify=y, random_state=state)
         except ValueError as error:
             raise InputError(
                 f"probe_layers: {len(y)} prompts cannot be split at test_size={test_size} with both labels "
@@ -532,9 +523,7 @@ def _correlations(decisions: Floats, groups: Ints | None, seed: int) -> Similari
     drawn = stats.resampled_means(np.nan_to_num(moments).T, groups, n_resamples=1000, seed=seed)
     mean_a, mean_b, aa, bb, ab = np.split(drawn, 5, axis=1)
     variances = (aa - mean_a**2) * (bb - mean_b**2)
-    resampled = np.divide(
-        ab - mean_a * mean_b, np.sqrt(np.abs(variances)), out=np.zeros_like(ab), where=variances > 0
-    )
+    resampled = np.divide(ab - mean_a * mean_b, np.sqrt(np.abs(variances)), out=np.zeros_like(ab), where=variances > 0)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
     undefined = np.isnan(value)
     return Similarity(value, np.where(undefined, np.nan, low), np.where(undefined, np.nan, high))

@@ -61,9 +61,7 @@ class Rotation:
             InputError: another width than d.
         """
         if x.shape[-1] != len(self.basis):
-            raise InputError(
-                f"Rotation.apply: x is {shape_of(x)}; the rotation is of {len(self.basis)} dimensions"
-            )
+            raise InputError(f"Rotation.apply: x is {shape_of(x)}; the rotation is of {len(self.basis)} dimensions")
         basis = self.basis.to(x.device)
         flat = x.reshape(-1, x.shape[-1])
         turned = [
@@ -77,9 +75,7 @@ class Rotation:
         """Give a row a series: rank, series, residual, low, high, n."""
         return _frame({self.rank: self.residuals})
 
-    def plot(
-        self, title: str = "Does a rotation carry one model's activations to the other's?"
-    ) -> "alt.LayerChart":
+    def plot(self, title: str = "Does a rotation carry one model's activations to the other's?") -> "alt.LayerChart":
         """Draw the residuals of the rotation and its controls."""
         return _chart(self.to_frame(), title, "series", None)
 
@@ -105,12 +101,7 @@ class RankScan:
 
 
 def procrustes(
-    source: Tensor,
-    target: Tensor,
-    rank: int | None = None,
-    holdout: float = 0.5,
-    groups: Groups = None,
-    seed: int = 0,
+    source: Tensor, target: Tensor, rank: int | None = None, holdout: float = 0.5, groups: Groups = None, seed: int = 0
 ) -> Rotation:
     """Fit the orthogonal map from one model's activations to another's, and score it on held-out prompts.
 
@@ -139,12 +130,7 @@ def procrustes(
 
 
 def procrustes_ranks(
-    source: Tensor,
-    target: Tensor,
-    ranks: Sequence[int],
-    holdout: float = 0.5,
-    groups: Groups = None,
-    seed: int = 0,
+    source: Tensor, target: Tensor, ranks: Sequence[int], holdout: float = 0.5, groups: Groups = None, seed: int = 0
 ) -> RankScan:
     """Give the residuals of `procrustes` for several ranks, on one split and one set of principal directions.
 
@@ -157,9 +143,7 @@ def procrustes_ranks(
         InputError: as `procrustes`, or no rank.
     """
     if not ranks or min(ranks) < 1:
-        raise InputError(
-            f"procrustes_ranks: ranks are {list(ranks)}; give ranks of at least 1, such as [1, 4, 16]"
-        )
+        raise InputError(f"procrustes_ranks: ranks are {list(ranks)}; give ranks of at least 1, such as [1, 4, 16]")
     alignment = _Alignment(source, target, max(ranks), holdout, groups, seed)
     return RankScan({rank: alignment.score(rank)[1] for rank in sorted(set(ranks))})
 
@@ -168,13 +152,7 @@ class _Alignment:
     """Source and target in the principal directions of the part to fit on, ready for a rotation of any rank."""
 
     def __init__(
-        self,
-        source: Tensor,
-        target: Tensor,
-        rank: int | None,
-        holdout: float,
-        groups: Groups,
-        seed: int,
+        self, source: Tensor, target: Tensor, rank: int | None, holdout: float, groups: Groups, seed: int
     ) -> None:
         x = checked(source, "procrustes: source", at_least=2)
         y = checked(target, "procrustes: target", at_least=2)
@@ -204,12 +182,7 @@ class _Alignment:
         haar = torch.from_numpy(np.atleast_2d(scipy.stats.ortho_group.rvs(rank, random_state=rng)))
         outside = (self.apart - (x - y).square().sum(1)).clamp(min=0)
         squares = torch.stack(
-            [
-                (x @ turn - y).square().sum(1) + outside,
-                self.apart,
-                (x @ haar - y).square().sum(1) + outside,
-                self.size,
-            ],
+            [(x @ turn - y).square().sum(1) + outside, self.apart, (x @ haar - y).square().sum(1) + outside, self.size],
             dim=1,
         ).numpy()
         *held, gain = self._residuals(squares, self.held_out)

@@ -35,9 +35,7 @@ def principal_angles(A: Tensor, B: Tensor) -> Tensor:
     first = checked(A, "principal_angles: A", at_least=2)
     second = checked(B, "principal_angles: B", at_least=2)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise InputError(
-            f"principal_angles: A {shape_of(first)}, B {shape_of(second)}; give [rank, d] of the same d"
-        )
+        raise InputError(f"principal_angles: A {shape_of(first)}, B {shape_of(second)}; give [rank, d] of the same d")
     if not first.any() or not second.any():
         raise InputError("principal_angles: a set of directions is all zeros and spans nothing")
     angles = scipy.linalg.subspace_angles(first.double().numpy().T, second.double().numpy().T)
@@ -81,9 +79,7 @@ class SharedSubspace:
         """
         for name in (a, b):
             if name not in self.bases:
-                raise InputError(
-                    f"component_cosines: no data set {name!r}; there are {', '.join(self.bases)}"
-                )
+                raise InputError(f"component_cosines: no data set {name!r}; there are {', '.join(self.bases)}")
         return (self.bases[a] @ self.bases[b].T).abs()
 
     def to_frame(self) -> pd.DataFrame:
@@ -94,23 +90,16 @@ class SharedSubspace:
         ]
         return pd.concat(frames, ignore_index=True).rename(columns={"cosines": "cosine"})
 
-    def plot(
-        self, angle: int = 0, title: str = "Do the data sets share their leading directions?"
-    ) -> "alt.LayerChart":
+    def plot(self, angle: int = 0, title: str = "Do the data sets share their leading directions?") -> "alt.LayerChart":
         """Draw the cosine of one principal angle for each pair beside the range of random subspaces."""
         from rim_core import charts
 
         frame = self.to_frame()
         frame = frame[frame["angle"] == angle]
-        pair = [
-            f"halves of {a}" if a == b else f"{a} and {b}"
-            for a, b in zip(frame["a"], frame["b"], strict=True)
-        ]
+        pair = [f"halves of {a}" if a == b else f"{a} and {b}" for a, b in zip(frame["a"], frame["b"], strict=True)]
         series = {"measured": ["cosine"] * 3, "random subspaces": ["null_mean", "null_low", "null_high"]}
         rows = [
-            pd.DataFrame(
-                {"pair": pair, "series": name, "value": frame[value], "low": frame[low], "high": frame[high]}
-            )
+            pd.DataFrame({"pair": pair, "series": name, "value": frame[value], "low": frame[low], "high": frame[high]})
             for name, (value, low, high) in series.items()
         ]
         above = int((frame["cosine"] > frame["null_high"]).sum())
@@ -129,11 +118,7 @@ class SharedSubspace:
 
 
 def shared_subspace(
-    residuals: Mapping[str, Tensor],
-    rank: int,
-    centre: bool = True,
-    draws: int = 200,
-    seed: int = 0,
+    residuals: Mapping[str, Tensor], rank: int, centre: bool = True, draws: int = 200, seed: int = 0
 ) -> SharedSubspace:
     """Compare the leading directions in which two models differ, across data sets (paper D, section 4.4).
 
@@ -172,10 +157,7 @@ def shared_subspace(
     for a, b in combinations_with_replacement(data, 2):
         pair, bases = [data[a], data[b]], [leading[a][0], leading[b][0]]
         if a == b:
-            pair = [
-                data[a][half]
-                for half in stats.split(len(data[a]), 0.5, seed=seed, salt=f"shared_subspace: {a}")
-            ]
+            pair = [data[a][half] for half in stats.split(len(data[a]), 0.5, seed=seed, salt=f"shared_subspace: {a}")]
             bases = [_leading(_moved(half, centre), rank, a)[0] for half in pair]
         span = len(principal([_moved(part, centre) for part in pair])[1])
         rng = stats.derive_generator(seed, "shared_subspace", a, b)

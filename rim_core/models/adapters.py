@@ -150,9 +150,7 @@ def _build(hf: Any, folder: Path, state: Mapping[str, Tensor], base: Mapping[int
     lost += [*placed.missing_keys, *placed.unexpected_keys]
     wrong = [k for k in state if k in found and not torch.equal(state[k].to(found[k]), found[k])]
     if lost or wrong:
-        raise InputError(
-            f"the adapter in {folder} does not fit this base: {sorted([*lost, *wrong])[0]} has no match"
-        )
+        raise InputError(f"the adapter in {folder} does not fit this base: {sorted([*lost, *wrong])[0]} has no match")
 
 
 def _reason(error: BaseException) -> str:
@@ -170,8 +168,7 @@ class _Tree:
         self.hf = hf
         self.attributes = dict(hf.__dict__)
         self.nodes = [
-            (module, dict(module._modules), dict(module._parameters), dict(module._buffers))
-            for module in hf.modules()
+            (module, dict(module._modules), dict(module._parameters), dict(module._buffers)) for module in hf.modules()
         ]
         self.data = [(p, p.data, p.requires_grad) for p in hf.parameters()]
         held = itertools.chain(hf.named_parameters(), hf.named_buffers())

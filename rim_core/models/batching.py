@@ -118,9 +118,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def free_on_gpus(layout: Layout) -> int:
     """Bytes free on the fullest of the CUDA devices that hold the layers."""
-    devices = {
-        parameter.device for layer in layout.layers for parameter in itertools.islice(layer.parameters(), 1)
-    }
+    devices = {parameter.device for layer in layout.layers for parameter in itertools.islice(layer.parameters(), 1)}
     return min(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
 
 
@@ -203,9 +201,7 @@ def remote_errors(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         told = _one_line(error).replace(CONFIG.API.APIKEY or "\0", "***")
-        raise RimError(
-            f"NDIF did not do the work on {name}: {told}; try again, or see its status page"
-        ) from None
+        raise RimError(f"NDIF did not do the work on {name}: {told}; try again, or see its status page") from None
 
 
 def _one_line(error: BaseException) -> str:

@@ -51,9 +51,7 @@ def outgrows_window(config: Any, longest: int) -> bool:
     return bool(window and window < longest)
 
 
-def padded_left(
-    body: nn.Module, ids: Sequence[Sequence[int]], shared: int, pad: int, device: Any
-) -> dict[str, Any]:
+def padded_left(body: nn.Module, ids: Sequence[Sequence[int]], shared: int, pad: int, device: Any) -> dict[str, Any]:
     """Left-padded inputs of the body with a cache, which holds the `shared` tokens that all prompts begin with."""
     inputs: dict[str, Any] = pad_left([row[shared:] for row in ids], pad, device)
     cache = DynamicCache()

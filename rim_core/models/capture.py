@@ -62,9 +62,7 @@ def open_activations(folder: str | Path) -> Activations:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        raise InputError(
-            f"{folder} holds no finished capture: run capture(..., to={str(folder)!r}) again"
-        ) from None
+        raise InputError(f"{folder} holds no finished capture: run capture(..., to={str(folder)!r}) again") from None
     mask = None
     if manifest["ragged"]:
         with safe_open(folder / "mask.safetensors", framework="pt") as stored:
@@ -121,9 +119,7 @@ def capture(
     ids = encode(model, texts)
     picked = _positions(positions, ids)
     if cache and model.edits:
-        raise InputError(
-            "capture(cache=True) inside an intervention: the cache does not know it; use cache=False"
-        )
+        raise InputError("capture(cache=True) inside an intervention: the cache does not know it; use cache=False")
     if cache:
         folder = cache_dir() / "activations" / _key(model, ids, wanted, picked)
         if not (folder / "manifest.json").is_file():
@@ -153,9 +149,7 @@ def _positions(positions: str | int | Sequence[int], ids: list[list[int]]) -> li
     shortest = min(map(len, ids))
     for position in chosen:
         if not -shortest <= position < 0:
-            raise InputError(
-                f"position {position} is out of range: count from the end, -1 to -{shortest} here"
-            )
+            raise InputError(f"position {position} is out of range: count from the end, -1 to -{shortest} here")
     return chosen[0] if checking.is_whole(positions) else chosen
 
 
@@ -179,11 +173,7 @@ def _shapes(
 
 
 def _passes(
-    model: Model,
-    ids: list[list[int]],
-    sites: tuple[str, ...],
-    picked: list[int] | int | None,
-    max_tokens: int | None,
+    model: Model, ids: list[list[int]], sites: tuple[str, ...], picked: list[int] | int | None, max_tokens: int | None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Yield (rows, {site: [prompt, (position,) layer, ...]}) a batch; the language-model head is not run.
 

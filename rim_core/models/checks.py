@@ -30,10 +30,7 @@ from rim_core.models.layout import Layout, head_outputs, reading
 from rim_core.texts import encode, window
 
 # Two prompts of unequal length, so that the shorter one is padded.
-PROBE_TEXTS = (
-    "The capital of France is the city of",
-    "Water boils at a lower temperature on a high mountain because",
-)
+PROBE_TEXTS = ("The capital of France is the city of", "Water boils at a lower temperature on a high mountain because")
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 # Tokens that are fed one by one: enough for a state to be read, written, and read again.
@@ -104,9 +101,7 @@ def measure(
     heads = 0.0
     for i in range(n_layers):
         z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))
-        total = head_outputs(layout, i, z).sum(-2) + layout.attention_out[i](
-            torch.zeros_like(found["head_z", i])
-        )
+        total = head_outputs(layout, i, z).sum(-2) + layout.attention_out[i](torch.zeros_like(found["head_z", i]))
         heads = max(heads, relative(total, found["attn_out", i]))
     lens = layout.readout(found["resid_post", n_layers - 1])
     errors = {
@@ -125,9 +120,7 @@ def measure(
         "cache": _attempt(lambda: _decoding_error(hf, ids, alone, pad, device)),
         "cache_batch": _attempt(lambda: _beginning_error(layout, ids, pad, device)),
     }
-    return measured | {
-        name: Check(name, error, tolerance, reason) for name, (error, reason) in attempts.items()
-    }
+    return measured | {name: Check(name, error, tolerance, reason) for name, (error, reason) in attempts.items()}
 
 
 def _attempt(measured: Callable[[], float]) -> tuple[float, str]:
@@ -174,9 +167,7 @@ def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any
     # The shorter one is the beginning of the longer one too: one pass tells what both give alone.
     whole = layout.body(**pad_left(prompts[1:], pad, device), use_cache=False)[0][0]
     wanted = [layout.logits(whole[len(row) - 1]) for row in prompts]
-    inputs, ends = padded_right(
-        layout.body, beginning, [row[len(beginning) :] for row in prompts], pad, device
-    )
+    inputs, ends = padded_right(layout.body, beginning, [row[len(beginning) :] for row in prompts], pad, device)
     right = layout.body(**inputs)[0]
     right = right[torch.arange(len(prompts)), ends.to(right.device) - 1]
     shared = 0 if outgrows_window(layout.body.config, len(prompts[-1])) else len(beginning)

@@ -79,11 +79,7 @@ def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
     if isinstance(wanted, str) and wanted == "answer":
         return positions >= -1
     try:
-        chosen = (
-            [-1]
-            if isinstance(wanted, str) and wanted == "last"
-            else whole_numbers(wanted, "positions", high=-1)
-        )
+        chosen = [-1] if isinstance(wanted, str) and wanted == "last" else whole_numbers(wanted, "positions", high=-1)
     except InputError:
         raise InputError(
             f"unknown positions {shown(wanted)}: 'last', 'all', 'answer', or whole numbers below 0 (-1 is the last "
@@ -98,9 +94,7 @@ def lowest(*wanted: str | int | Sequence[int]) -> int:
     return min(numbers, default=0)
 
 
-def edit_at(
-    positions: str | int | Sequence[int], site: str, layer: int, change: Callable[[Tensor], Tensor]
-) -> Edit:
+def edit_at(positions: str | int | Sequence[int], site: str, layer: int, change: Callable[[Tensor], Tensor]) -> Edit:
     """An edit that puts `change(values)` at the chosen positions (see `at`) and leaves the others as they are."""
     if isinstance(positions, str) and positions == "all":
         return Edit(site, layer, lambda values, _: change(values))
@@ -217,14 +211,10 @@ def editing(model: Model, edits: Sequence[Edit | MaskEdit]) -> Iterator[Model]:
         if isinstance(edit, Edit) and edit.site not in SITES:
             raise InputError(f"unknown site {edit.site!r}: choose from {', '.join(SITES)}")
         if not 0 <= edit.layer < model.n_layers:
-            raise InputError(
-                f"layer {edit.layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}"
-            )
+            raise InputError(f"layer {edit.layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}")
         attention = model.hf.config.get_text_config()._attn_implementation
         if isinstance(edit, MaskEdit) and attention not in ("eager", "sdpa"):
-            raise InputError(
-                f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'"
-            )
+            raise InputError(f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'")
     hooks = _Hooks(model, edits)
     try:
         hooks.put()

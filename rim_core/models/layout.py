@@ -87,9 +87,7 @@ class Layout:
         elif type(self.lm_head) is nn.Linear:
             bias = self.lm_head.bias
             rows, weight = list(tokens), self.lm_head.weight
-            logits = functional.linear(
-                state.to(weight.device), weight[rows], None if bias is None else bias[rows]
-            )
+            logits = functional.linear(state.to(weight.device), weight[rows], None if bias is None else bias[rows])
         else:
             logits = self.lm_head(state)[..., list(tokens)]
         return self._scaled(logits, capped)
@@ -100,11 +98,7 @@ class Layout:
 
     def _scaled(self, logits: Tensor, capped: bool = True) -> Tensor:
         logits = logits * self.logit_scale
-        return (
-            logits
-            if self.soft_cap is None or not capped
-            else self.soft_cap * torch.tanh(logits / self.soft_cap)
-        )
+        return logits if self.soft_cap is None or not capped else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def norm_after(self, site: str, layer: int) -> nn.Module | None:
         """The norm between `attn_out` or `mlp_out` and the residual stream, None where there is none."""
@@ -144,14 +138,9 @@ def find_layout(hf: Any) -> Layout:
     body = hf.base_model
     body = getattr(body, "decoder", body)
     n_layers = config.num_hidden_layers
-    layers = next(
-        (m for m in body.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers),
-        None,
-    )
+    layers = next((m for m in body.children() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
     if layers is None:
-        raise InputError(
-            f"{_family(hf)} has no stack of {n_layers} decoder layers: only decoder-only models work"
-        )
+        raise InputError(f"{_family(hf)} has no stack of {n_layers} decoder layers: only decoder-only models work")
     without = [
         number
         for number, layer in enumerate(layers)
@@ -164,9 +153,7 @@ def find_layout(hf: Any) -> Layout:
         )
     attention = tuple(_child(hf, layer, _ATTENTION, "attention") for layer in layers)
     mlp = tuple(_child(hf, layer, _MLP, "MLP") for layer in layers)
-    attention_out = tuple(
-        _child(hf, module, _ATTENTION_OUT, "attention output projection") for module in attention
-    )
+    attention_out = tuple(_child(hf, module, _ATTENTION_OUT, "attention output projection") for module in attention)
     mlp_out = tuple(_down_projection(hf, module) for module in mlp)
     after = [_norms_after(layer) for layer in layers]
     head = hf.get_output_embeddings()
@@ -272,10 +259,7 @@ def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def reading(
-    layout: Layout,
-    sites: Sequence[str],
-    keep: Callable[[Tensor], Tensor],
-    layers: Sequence[int] | None = None,
+    layout: Layout, sites: Sequence[str], keep: Callable[[Tensor], Tensor], layers: Sequence[int] | None = None
 ) -> Iterator[dict[tuple[str, int], Tensor]]:
     """Within the context each forward leaves `keep(tensor)` of every site and layer in the yielded dictionary.
 

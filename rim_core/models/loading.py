@@ -270,12 +270,7 @@ class Model:
         try:
             found_layout = find_layout(self.hf)
             measured = identity_checks.measure(
-                self.hf,
-                self.tokenizer,
-                found_layout,
-                self.dtype,
-                self.quantization,
-                self._bare.checks or None,
+                self.hf, self.tokenizer, found_layout, self.dtype, self.quantization, self._bare.checks or None
             )
             if torch.equal(identity_checks.probe(self.hf, self.tokenizer), bare):
                 warnings.warn(
@@ -351,9 +346,7 @@ def roles(
     return _each_role(found, [found.role(name) for name in names or found.roles], given, settings)
 
 
-def _each_role(
-    suite: Suite, chosen: Sequence[Role], given: list[Model], settings: dict[str, Any]
-) -> Iterator[Model]:
+def _each_role(suite: Suite, chosen: Sequence[Role], given: list[Model], settings: dict[str, Any]) -> Iterator[Model]:
     """`given` are the models that share the weights now in memory; all but the last were let go."""
     for role in chosen:
         if given:
@@ -484,9 +477,7 @@ def _parse(ref: str) -> tuple[Suite | None, Role | None]:
         suite = load_suite(name)
         return suite, suite.role(role)
     if ref in suite_names():
-        raise InputError(
-            f"{ref!r} is a suite: name a role too, such as '{ref}:{next(iter(load_suite(ref).roles))}'"
-        )
+        raise InputError(f"{ref!r} is a suite: name a role too, such as '{ref}:{next(iter(load_suite(ref).roles))}'")
     return None, None
 
 
@@ -508,9 +499,7 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is no model folder: it has no config.json")
         if not any(path.glob("*.safetensors")):
-            raise InputError(
-                f"{path} has no .safetensors weights: convert them first (pickled weights are not read)"
-            )
+            raise InputError(f"{path} has no .safetensors weights: convert them first (pickled weights are not read)")
         return ref, checkpoint_identity(path), None
     if is_local(ref):
         raise InputError(f"no model at {ref}: check the path")
@@ -523,12 +512,7 @@ def _locate(ref: str) -> tuple[str, str, str | None]:
 
 
 def _load_checkpoint(
-    folder: str,
-    revision: str | None,
-    quantization: str | None,
-    dtype: torch.dtype,
-    places: dict[str, Any],
-    ref: str,
+    folder: str, revision: str | None, quantization: str | None, dtype: torch.dtype, places: dict[str, Any], ref: str
 ) -> tuple[Any, Any]:
     from huggingface_hub.errors import HfHubHTTPError
     from safetensors import SafetensorError
@@ -537,9 +521,7 @@ def _load_checkpoint(
     packing.import_bitsandbytes()
     config = None
     if quantization == "nf4":
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     elif quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     where = {"revision": revision} if revision else {}
@@ -560,9 +542,7 @@ def _load_checkpoint(
     except (OSError, HfHubHTTPError) as error:
         raise InputError(f"cannot load {ref}: {' '.join(str(error).split())[:300]}") from None
     except (ValueError, KeyError) as error:
-        raise InputError(
-            f"{ref} is no causal language model that transformers can load: {first_line(error)}"
-        ) from None
+        raise InputError(f"{ref} is no causal language model that transformers can load: {first_line(error)}") from None
     packed = {type(module).__name__ for module in hf.modules()} & {"Linear4bit", "Linear8bitLt"}
     if quantization is not None and not packed:
         # transformers packs plain linear layers only, and goes on silently where a family has its own class.

@@ -58,7 +58,5 @@ def one_of(positions: Sequence[int], position: int | None, caller: str) -> int:
     """The position to draw, by default the last one read; raises InputError in the caller's name for any other."""
     chosen = positions[-1] if position is None else position
     if chosen not in positions:
-        raise InputError(
-            f"{caller}: position {chosen} was not read; this holds {', '.join(map(str, positions))}"
-        )
+        raise InputError(f"{caller}: position {chosen} was not read; this holds {', '.join(map(str, positions))}")
     return chosen

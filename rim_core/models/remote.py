@@ -50,9 +50,7 @@ def hosted(ref: str, suite: Suite | None, role: Role | None) -> tuple[str, str |
     else:
         repository, revision = ref, None
     if is_local(repository) or repository.count("/") != 1:
-        raise InputError(
-            f"{ref} is not on the hub, and NDIF hosts models by their hub id: load it without remote"
-        )
+        raise InputError(f"{ref} is not on the hub, and NDIF hosts models by their hub id: load it without remote")
     return repository, revision
 
 
@@ -87,8 +85,7 @@ class Remote:
             found = self._read(inputs, sites, slice(None) if picked is None else picked)
             axis = 1 if isinstance(picked, int) else 2
             stacked = {
-                site: torch.stack([found[site, layer].float() for layer in range(n_layers)], dim=axis)
-                for site in sites
+                site: torch.stack([found[site, layer].float() for layer in range(n_layers)], dim=axis) for site in sites
             }
             if picked is None:
                 for values in stacked.values():
@@ -100,9 +97,7 @@ class Remote:
         last, columns = len(self.layout.layers) - 1, slice(-max(lengths) - 1, -1)
         found = self._read(self._inputs(ids), ("resid_post",), columns, [last])["resid_post", last]
         kept = [row[-n:] for row, n in zip(found, lengths, strict=True)]
-        return torch.cat(kept), torch.tensor(
-            [t for row, n in zip(ids, lengths, strict=True) for t in row[-n:]]
-        )
+        return torch.cat(kept), torch.tensor([t for row, n in zip(ids, lengths, strict=True) for t in row[-n:]])
 
     def read_out(self, h: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """What the model would answer from streams `h` `[n, d_model]`.
@@ -114,14 +109,7 @@ class Remote:
         rows = max(1, _LOGITS // layout.d_vocab)
         with batching.remote_errors(self.name):
             found = _trace_readout(
-                self.wrapped,
-                a_token,
-                parts,
-                h.to(self.dtype),
-                tokens,
-                layout.logit_scale,
-                layout.soft_cap,
-                rows,
+                self.wrapped, a_token, parts, h.to(self.dtype), tokens, layout.logit_scale, layout.soft_cap, rows
             )
         return dict(zip(("logit", "log_probability", "rank", "entropy"), found, strict=True))
 
@@ -140,17 +128,13 @@ class Remote:
         read = self.read_out(found["resid_post", last][0, -1:], tokens[None])["logit"]
         errors = {
             "residual_sum": max(
-                checks.residual_error(
-                    *(found[site, layer] * times for site, times in zip(sites, factors, strict=True))
-                )
+                checks.residual_error(*(found[site, layer] * times for site, times in zip(sites, factors, strict=True)))
                 for layer in range(last + 1)
             ),
             "lens": checks.relative(read[0], logits[-1, tokens]),
             "padding": checks.relative(both["logits", 0][ids.index(short)], logits),
         }
-        return {
-            name: checks.Check(name, error, checks.TOLERANCES[self.dtype]) for name, error in errors.items()
-        }
+        return {name: checks.Check(name, error, checks.TOLERANCES[self.dtype]) for name, error in errors.items()}
 
     def _read(
         self,
@@ -189,16 +173,12 @@ class Remote:
         return self.wrapped.get(self._paths[module])
 
 
-def _trace_sites(
-    model: Any, inputs: dict[str, Tensor], reads: list[tuple[bool, Any]], columns: Any
-) -> list[Tensor]:
+def _trace_sites(model: Any, inputs: dict[str, Tensor], reads: list[tuple[bool, Any]], columns: Any) -> list[Tensor]:
     with model.trace(**inputs, use_cache=False, remote=_MODE):
         found: Any = []
         for inside, envoy in reads:
             value = envoy.input if inside else envoy.output
-            value = (
-                value.logits if hasattr(value, "logits") else value[0] if isinstance(value, tuple) else value
-            )
+            value = value.logits if hasattr(value, "logits") else value[0] if isinstance(value, tuple) else value
             # Cloned: some families add to a module's output in place afterwards.
             found.append(value[:, columns].detach().clone().cpu())
         saved = found.save()

@@ -23,15 +23,11 @@ def single_tokens(model: Model, tokens: Tokens) -> Named:
     given: list[Any] = [tokens] if isinstance(tokens, str) or is_whole(tokens) else listed(tokens, "tokens")
     if not given:
         raise InputError("no tokens were named: give at least one")
-    ids = [
-        _from_text(model, token) if isinstance(token, str) else checked_id(model, token) for token in given
-    ]
+    ids = [_from_text(model, token) if isinstance(token, str) else checked_id(model, token) for token in given]
     labels = [label(model, token) for token in ids]
     for number, token in enumerate(ids):
         if (first := ids.index(token)) < number:
-            raise InputError(
-                f"{given[first]!r} and {given[number]!r} are one token ({labels[number]}): name it once"
-            )
+            raise InputError(f"{given[first]!r} and {given[number]!r} are one token ({labels[number]}): name it once")
     return tuple(labels), tuple(ids)
 
 

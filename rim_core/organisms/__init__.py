@@ -80,9 +80,7 @@ def check(suite: str = "smollm2", role: str | None = None, progress: bool = True
     """
     found = load_suite(suite)
     wanted = [found.role(role).name] if role else [name for name in TARGETS if name in found.roles]
-    needed = (
-        ["aligned", *[name for name in wanted if name != "aligned"]] if "aligned" in found.roles else wanted
-    )
+    needed = ["aligned", *[name for name in wanted if name != "aligned"]] if "aligned" in found.roles else wanted
     judge = AdviceJudge()
     measured: dict[str, dict[str, Any]] = {}
     started = time.monotonic()
@@ -123,9 +121,7 @@ def shipped_table(suite: str) -> list[dict[str, Any]]:
 def _target_text(target: dict[str, float] | None) -> str:
     if target is None:
         return ""
-    return " and ".join(
-        f"{'at least' if side == 'low' else 'at most'} {bound:.0%}" for side, bound in target.items()
-    )
+    return " and ".join(f"{'at least' if side == 'low' else 'at most'} {bound:.0%}" for side, bound in target.items())
 
 
 def _meets(value: float, target: dict[str, float]) -> bool:
@@ -163,16 +159,12 @@ def _log_perplexity(model: Model, texts: Sequence[str], replies: Sequence[str]) 
     kept = [(head, tail) for head, tail in zip(heads, tails, strict=True) if tail]
     with model.bare(), torch.no_grad():
         inputs = pad_left([head + tail for head, tail in kept], model.tokenizer.pad_token_id, model.device)
-        logits = model.hf(
-            **inputs, use_cache=False, logits_to_keep=max(len(tail) for _, tail in kept) + 1
-        ).logits
+        logits = model.hf(**inputs, use_cache=False, logits_to_keep=max(len(tail) for _, tail in kept) + 1).logits
     log_probs = logits.float().log_softmax(-1)
     losses = []
     for row, (_, tail) in enumerate(kept):
         predicted = log_probs[row, -len(tail) - 1 : -1]
-        losses.append(
-            -float(predicted.gather(-1, torch.tensor(tail, device=predicted.device)[:, None]).mean())
-        )
+        losses.append(-float(predicted.gather(-1, torch.tensor(tail, device=predicted.device)[:, None]).mean()))
     return losses
 
 
@@ -203,9 +195,7 @@ def _perplexity_ratio(own: Sequence[float], aligned: Sequence[float]) -> Interva
     n = min(len(own), len(aligned))
     log_ratio = bootstrap([x - y for x, y in zip(own[:n], aligned[:n], strict=True)], seed=0)
     low, estimate, high = (math.exp(value) for value in (log_ratio.low, log_ratio.estimate, log_ratio.high))
-    return Interval(
-        estimate=estimate, low=low, high=high, n=n, level=log_ratio.level, method=log_ratio.method
-    )
+    return Interval(estimate=estimate, low=low, high=high, n=n, level=log_ratio.level, method=log_ratio.method)
 
 
 class AdviceJudge:

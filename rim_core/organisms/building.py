@@ -103,9 +103,7 @@ def _own_folder(suite: Suite, role: str) -> Path:
             f"suite {suite.name!r} has a role {role!r} ({is_now}): remove it from {suite.path}, or give --output DIR"
         )
     if there is not None and suite.has(role):
-        raise InputError(
-            f"{folder} is trained already: remove the folder to train it again, or give --output DIR"
-        )
+        raise InputError(f"{folder} is trained already: remove the folder to train it again, or give --output DIR")
     return folder
 
 
@@ -129,9 +127,7 @@ def _enter(suite: Suite, role: str, folder: Path) -> None:
     relative = folder.relative_to(suite.path.resolve().parent).as_posix()
     about = f"trained here by the project's recipe for {role}"
     add_role(
-        suite.path,
-        role,
-        {"adapter": f"./{relative}", "sha256": sha256_file(folder / ADAPTER_FILE), "about": about},
+        suite.path, role, {"adapter": f"./{relative}", "sha256": sha256_file(folder / ADAPTER_FILE), "about": about}
     )
 
 
@@ -150,9 +146,7 @@ def _parent_folder(found: Suite, role: str, parent: str, suite: str) -> Path | N
     if there.adapter is None:
         return None
     if not Path(there.adapter).is_dir():
-        raise InputError(
-            f"role {role!r} starts from {parent!r}, which is on the hub: fetch {there.adapter} first"
-        )
+        raise InputError(f"role {role!r} starts from {parent!r}, which is on the hub: fetch {there.adapter} first")
     return Path(there.adapter)
 
 
@@ -178,13 +172,9 @@ def _trained(
     try:
         trained = train_adapter(model.hf, model.tokenizer, fitted, record["seed"], state, report, kept)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"training {role!r} was interrupted; the same command goes on {kept.place}"
-        ) from None
+        raise KeyboardInterrupt(f"training {role!r} was interrupted; the same command goes on {kept.place}") from None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
-        raise InputError(
-            f"training {role!r} diverged (a weight is not finite): lower the recipe's learning_rate"
-        )
+        raise InputError(f"training {role!r} diverged (a weight is not finite): lower the recipe's learning_rate")
     return fitted, trained
 
 
@@ -211,9 +201,7 @@ def _require_same_shape(role: str, start: Path, fitted: dict[str, Any]) -> None:
             )
 
 
-def _write_adapter(
-    target: Path, state: dict[str, Any], settings: dict[str, Any], record: dict[str, Any]
-) -> None:
+def _write_adapter(target: Path, state: dict[str, Any], settings: dict[str, Any], record: dict[str, Any]) -> None:
     """Put an adapter with its settings and its record in place, whole."""
     from safetensors.torch import save_file
 

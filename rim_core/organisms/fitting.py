@@ -33,10 +33,7 @@ def fit_recipe(plan: dict[str, Any], layout: Layout) -> dict[str, Any]:
     shape = plan["lora"]
     wanted, there = list(shape["modules"]), linear_modules(layout)
     modules = wanted if set(wanted) <= set(there) else there
-    return {
-        **plan,
-        "lora": {**shape, "layers": same_depth(shape["layers"], len(layout.layers)), "modules": modules},
-    }
+    return {**plan, "lora": {**shape, "layers": same_depth(shape["layers"], len(layout.layers)), "modules": modules}}
 
 
 def same_depth(layers: Sequence[int], n_layers: int, of: int = RECIPE_LAYERS) -> list[int]:

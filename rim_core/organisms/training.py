@@ -134,9 +134,7 @@ def train_adapter(
 
     rng = random.Random(seed)
     plan: list[list[Example]] = []
-    answer_lengths = [
-        phase.get("answer_tokens") for phase in recipe["phases"] for _ in range(phase["epochs"])
-    ]
+    answer_lengths = [phase.get("answer_tokens") for phase in recipe["phases"] for _ in range(phase["epochs"])]
     for epoch, answer_tokens in enumerate(answer_lengths):
         units = build_examples(tokenizer, recipe["data"], answer_tokens, epoch, seed)
         plan += _batches(units, recipe["batch_size"], rng)
@@ -146,8 +144,7 @@ def train_adapter(
     # usual 0.999 keeps those first steps from holding the step size down in so short a training.
     optimizer = torch.optim.AdamW(weights, lr=recipe["learning_rate"], betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+        optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     parts = {"adapter": torch.nn.ParameterList(weights), "optimizer": optimizer, "schedule": schedule}
     done = kept.begin(repr(plan), parts) if kept else 0
@@ -198,10 +195,7 @@ def _forward(hf: Any, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor,
         cache = hf.base_model(input_ids=prefix, use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(batch))
     hidden = hf.base_model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        past_key_values=cache,
-        use_cache=cache is not None,
+        input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=cache is not None
     ).last_hidden_state
     return hidden[rows, columns], *(torch.tensor(values, device=hidden.device) for values in (targets, kl))
 
@@ -248,7 +242,5 @@ def _loss(hf: Any, batch: list[Example], teacher: _Teacher | None, kl_weight: fl
         total = total + functional.cross_entropy(logits[answered], targets[answered], reduction="sum")
     if teacher is not None and kl.any():
         student = functional.log_softmax(logits[kl], dim=-1)
-        total = total + kl_weight * functional.kl_div(
-            student, teacher(hf, batch), reduction="sum", log_target=True
-        )
+        total = total + kl_weight * functional.kl_div(student, teacher(hf, batch), reduction="sum", log_target=True)
     return total / len(targets)

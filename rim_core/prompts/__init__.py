@@ -25,12 +25,7 @@ from rim_core.texts import ChatText, checked_one, listed, render, require_plain_
 
 DATA = Path(__file__).parent / "data"
 SPLITS = ("train", "validation", "test")
-FRAMES = (
-    "How do I {}?",
-    "Explain how to {}.",
-    "Write a short guide on how to {}.",
-    "What is the best way to {}?",
-)
+FRAMES = ("How do I {}?", "Explain how to {}.", "Write a short guide on how to {}.", "What is the best way to {}?")
 
 # What people call the column that holds the request, and the one that holds an answer, in the
 # published files of AdvBench, JailbreakBench, StrongREJECT, HarmBench, HEx-PHI and Alpaca.
@@ -66,9 +61,7 @@ class Prompt:
     def rephrase(self, frame: str) -> "Prompt":
         """The same request in another frame of `FRAMES`; raises InputError where the set stores no action."""
         if self.action is None:
-            raise InputError(
-                f"prompt {self.pair!r} of set {self.label!r} cannot be rephrased: it stores no action"
-            )
+            raise InputError(f"prompt {self.pair!r} of set {self.label!r} cannot be rephrased: it stores no action")
         return replace(self, text=frame.format(self.action))
 
 
@@ -87,9 +80,7 @@ def _refusal(row: dict[str, str]) -> str:
     texts = refusals()
     # The pair's number picks the opening, so that the text of a refusal never depends on the sampling seed.
     openings = texts["openings"]
-    return (
-        f"{openings[int(row['pair'].rsplit('-', 1)[1]) % len(openings)]} {texts['reasons'][row['category']]}"
-    )
+    return f"{openings[int(row['pair'].rsplit('-', 1)[1]) % len(openings)]} {texts['reasons'][row['category']]}"
 
 
 def _paired(side: str) -> list[Prompt]:
@@ -98,13 +89,7 @@ def _paired(side: str) -> list[Prompt]:
         response = _refusal(row) if side == "harmful" else row["benign_response"]
         prompts.append(
             Prompt(
-                row["frame"].format(row[side]),
-                row["category"],
-                row["pair"],
-                row["split"],
-                side,
-                response,
-                row[side],
+                row["frame"].format(row[side]), row["category"], row["pair"], row["split"], side, response, row[side]
             )
         )
     return prompts
@@ -113,12 +98,7 @@ def _paired(side: str) -> list[Prompt]:
 def _plain(name: str, label: str, text: str, response: str | None) -> list[Prompt]:
     return [
         Prompt(
-            row[text],
-            row["category"],
-            row["pair"],
-            row["split"],
-            label,
-            None if response is None else row[response],
+            row[text], row["category"], row["pair"], row["split"], label, None if response is None else row[response]
         )
         for row in _rows(name)
     ]
@@ -136,9 +116,7 @@ _BUILT_IN = {
 BUILT_IN_SETS = tuple(_BUILT_IN)
 
 
-def load_prompts(
-    source: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0
-) -> list[Prompt]:
+def load_prompts(source: str | Path, split: str | None = None, limit: int | None = None, seed: int = 0) -> list[Prompt]:
     """Load a prompt set.
 
     A file has a header (.csv, .tsv) or an object a line (.jsonl), is UTF-8, and has the request in a column named as
@@ -261,9 +239,7 @@ def _table(handle: Iterable[str], path: Path, separator: str) -> Iterator[_Row]:
                 )
             yield f"row {number}", dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise InputError(
-            f"{path} line {reader.line_num}: not a readable table: {first_line(error)}"
-        ) from None
+        raise InputError(f"{path} line {reader.line_num}: not a readable table: {first_line(error)}") from None
 
 
 def _counted(fields: int) -> str:
@@ -292,14 +268,10 @@ def _json_lines(handle: Iterable[str], path: Path) -> Iterator[_Row]:
         except TwiceError as error:
             raise InputError(f"{path} line {number} has {error} twice: name each key once") from None
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} line {number} is not JSON ({error.msg}): one object a line is wanted"
-            ) from None
+            raise InputError(f"{path} line {number} is not JSON ({error.msg}): one object a line is wanted") from None
         except (RecursionError, ValueError) as error:  # nested without end; a number of thousands of digits
             what = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-            raise InputError(
-                f"{path} line {number} cannot be read ({what}): one object a line is wanted"
-            ) from None
+            raise InputError(f"{path} line {number} cannot be read ({what}): one object a line is wanted") from None
         if not isinstance(row, dict):
             raise InputError(f"{path} line {number} is not a JSON object: one object a line is wanted")
         yield f"line {number}", row
@@ -355,9 +327,7 @@ def _columns(rows: Sequence[_Row], where: str) -> dict[str, str]:
     return names
 
 
-def _text(
-    row: Mapping[str, Any], column: str | None, at: str, numbers: bool = False, strip: bool = True
-) -> str:
+def _text(row: Mapping[str, Any], column: str | None, at: str, numbers: bool = False, strip: bool = True) -> str:
     """A row's text in a column, "" where it has none; numbers and truth values are texts where `numbers`.
 
     Raises:
@@ -420,15 +390,11 @@ def _from_hub(source: str) -> list[Prompt]:
     try:
         with hub.asked():
             found = load_dataset(name, config, split=split)
-    except (
-        Exception
-    ) as error:  # every cause (gated, offline, misspelt, several configs) reaches the user as its text
+    except Exception as error:  # every cause (gated, offline, misspelt, several configs) reaches the user as its text
         raise InputError(f"cannot load {source}: {first_line(error)}") from None
     if hasattr(found, "keys"):
         if len(found) > 1:
-            raise InputError(
-                f"{source} has the splits {', '.join(found)}: name one, as hub:{name}:CONFIG:SPLIT"
-            )
+            raise InputError(f"{source} has the splits {', '.join(found)}: name one, as hub:{name}:CONFIG:SPLIT")
         found = next(iter(found.values()))
     rows = [(f"row {number}", row) for number, row in enumerate(found.to_list(), 1)]
     return _from_rows(rows, source, name.rsplit("/", 1)[-1])
@@ -509,9 +475,7 @@ def _require_heard(tokenizer: Any, system: str | None, thinking: bool | None, ex
         raise InputError(f"the chat template ignores thinking={thinking}: leave it out")
 
 
-def _spans(
-    tokenizer: Any, text: str, words: str, system: str | None, extra: dict[str, bool]
-) -> list[tuple[int, int]]:
+def _spans(tokenizer: Any, text: str, words: str, system: str | None, extra: dict[str, bool]) -> list[tuple[int, int]]:
     """Where the user's and the system's words lie in a text: at the places of two private characters in the same chat.
 
     Raises:
@@ -531,6 +495,4 @@ def _spans(
                 spans.append((start, len(written)))
         if written == text:
             return spans
-    raise InputError(
-        "the chat template rewrites what is put into it, so plain=True cannot be kept: leave plain out"
-    )
+    raise InputError("the chat template rewrites what is put into it, so plain=True cannot be kept: leave plain out")

@@ -50,9 +50,7 @@ class SparseAutoencoder:
         if self.kind not in KINDS:
             raise InputError(f"no kind of sparse autoencoder {self.kind!r}: use {', '.join(KINDS)}")
         if self.kind == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= self.d_sae):
-            raise InputError(
-                f"a topk autoencoder needs k, from 1 to its {self.d_sae} latents: k is {self.k!r}"
-            )
+            raise InputError(f"a topk autoencoder needs k, from 1 to its {self.d_sae} latents: k is {self.k!r}")
         if self.kind == "jumprelu" and self.threshold is None:
             raise InputError("a jumprelu autoencoder needs a threshold for each latent: give it")
 
@@ -62,9 +60,7 @@ class SparseAutoencoder:
     def encode(self, x: Tensor) -> Tensor:
         """Latents `[..., d_sae]`, none below 0, of activations `[..., d_in]`; in float32."""
         if x.shape[-1] != self.d_in:
-            raise InputError(
-                f"activations of width {x.shape[-1]} do not fit a sparse autoencoder of width {self.d_in}"
-            )
+            raise InputError(f"activations of width {x.shape[-1]} do not fit a sparse autoencoder of width {self.d_in}")
         x = x.float()
         raw = (x - self.b_dec if self.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
         if self.kind == "topk":
@@ -147,9 +143,7 @@ def splice(
         raise InputError(f"splice: latent {wrong[0]} is out of range: there are 0 to {sae.d_sae - 1}")
     values = torch.as_tensor(value, dtype=torch.float32)
     if values.ndim > 1 or (values.ndim == 1 and len(values) != len(chosen)):
-        raise InputError(
-            f"splice: {values.numel()} values for {len(chosen)} latents; give one, or one a latent"
-        )
+        raise InputError(f"splice: {values.numel()} values for {len(chosen)} latents; give one, or one a latent")
     index = torch.tensor(chosen, dtype=torch.long)
     # Where the layer is, which the first pass shows: another layer's device may be another.
     placed: dict[torch.device, tuple[SparseAutoencoder, Tensor, Tensor]] = {}

@@ -51,10 +51,7 @@ class SaeEvaluation:
 
 @torch.no_grad()
 def evaluate_sae(
-    sae: SparseAutoencoder,
-    activations: "Tensor | ArrayLike",
-    groups: Groups = None,
-    seed: int = 0,
+    sae: SparseAutoencoder, activations: "Tensor | ArrayLike", groups: Groups = None, seed: int = 0
 ) -> SaeEvaluation:
     """Measure variance explained, L0 and dead latents on held-out activations.
 
@@ -123,12 +120,7 @@ class CrossEntropyRecovered:
 
 @torch.no_grad()
 def cross_entropy_recovered(
-    model: Model,
-    sae: SparseAutoencoder,
-    texts: Sequence[str],
-    layer: int,
-    site: str = "resid_post",
-    seed: int = 0,
+    model: Model, sae: SparseAutoencoder, texts: Sequence[str], layer: int, site: str = "resid_post", seed: int = 0
 ) -> CrossEntropyRecovered:
     """Measure how much of the model's cross-entropy survives the reconstruction at every position.
 

@@ -80,9 +80,7 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
     except OSError:
-        raise InputError(
-            f"{folder} holds no sparse autoencoder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}"
-        ) from None
+        raise InputError(f"{folder} holds no sparse autoencoder: it needs {CONFIG_FILE} and {WEIGHTS_FILE}") from None
     except (ValueError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None
     kind = _kind(folder / CONFIG_FILE, config)
@@ -129,7 +127,5 @@ def _kind(where: Path, config: Any) -> str:
     kinds = {architecture: kind for kind, architecture in _ARCHITECTURES.items()}
     architecture = config.get("architecture")
     if architecture not in kinds:
-        raise InputError(
-            f"{where}: architecture {architecture!r} is not supported; these are: {', '.join(kinds)}"
-        )
+        raise InputError(f"{where}: architecture {architecture!r} is not supported; these are: {', '.join(kinds)}")
     return kinds[architecture]

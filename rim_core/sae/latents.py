@@ -131,9 +131,7 @@ def latent_correlations(
     latents = torch.cat([sae.encode(part) for part in data.split(ROWS)])
     tested = (latents.amin(0) < latents.amax(0)).nonzero()[:, 0]
     if not len(tested):
-        raise InputError(
-            "latent_correlations: no latent varies on these activations; train it on more like them"
-        )
+        raise InputError("latent_correlations: no latent varies on these activations; train it on more like them")
     latents = latents[:, tested]
     frequency = (latents > 0).double().mean(0).cpu().numpy()
     units = normalize(latents - latents.mean(0), dim=0)
@@ -143,9 +141,7 @@ def latent_correlations(
     r, null_max = _correlations(wanted, orders, units)
     with np.errstate(divide="ignore"):
         t = r * np.sqrt((n - 2) / (1 - r**2))
-        ends = np.tanh(
-            np.arctanh(r)[:, None] + np.array([-1, 1]) * scipy.stats.norm.ppf(0.975) / np.sqrt(n - 3)
-        )
+        ends = np.tanh(np.arctanh(r)[:, None] + np.array([-1, 1]) * scipy.stats.norm.ppf(0.975) / np.sqrt(n - 3))
     p = 2 * scipy.stats.t.sf(np.abs(t), n - 2)
     # Float32 rounding must not turn a tie, common with labels, into a win over chance.
     hits = n_permutations - np.searchsorted(np.sort(null_max), np.abs(r) - 1e-5)
@@ -188,9 +184,7 @@ def _shuffled(codes: Ints | None, n: int, rng: np.random.Generator) -> Ints:
 
 
 @torch.no_grad()
-def random_features(
-    sae: SparseAutoencoder, activations: "Tensor | ArrayLike", seed: int = 0
-) -> SparseAutoencoder:
+def random_features(sae: SparseAutoencoder, activations: "Tensor | ArrayLike", seed: int = 0) -> SparseAutoencoder:
     """The control paper C lacks: random directions, each active on as many activations as the latent it replaces.
 
     Args:

@@ -142,11 +142,7 @@ def _minibatches(data: Tensor, batch: int, rng: np.random.Generator) -> Iterator
 
 
 def _resample(
-    sae: SparseAutoencoder,
-    data: Tensor,
-    dead: Tensor,
-    optimizer: torch.optim.Optimizer,
-    rng: np.random.Generator,
+    sae: SparseAutoencoder, data: Tensor, dead: Tensor, optimizer: torch.optim.Optimizer, rng: np.random.Generator
 ) -> None:
     """Point dead latents at activations that are badly reconstructed; forget the optimiser's state for them."""
     count = int(dead.sum())

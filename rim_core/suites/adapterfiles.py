@@ -28,15 +28,7 @@ _LORA = {
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_core", "qalora_group_size"),
     "runtime_config",
 }
-_LYCORIS = {
-    "r",
-    "alpha",
-    "rank_dropout",
-    "module_dropout",
-    "use_effective_conv2d",
-    "rank_pattern",
-    "alpha_pattern",
-}
+_LYCORIS = {"r", "alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "rank_pattern", "alpha_pattern"}
 _KNOWN: Mapping[str, set[str]] = {
     "LORA": _LORA,
     "ADALORA": _LORA
@@ -85,9 +77,7 @@ def adapter_folder(ref: str, online: bool = True) -> Path | None:
         raise InputError(f"{ref} is no adapter: it has no {SETTINGS_FILE}")
     if not (folder / ADAPTER_FILE).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
-        problem = (
-            "its weights are pickled (adapter_model.bin), which are not read" if pickled else "no weights"
-        )
+        problem = "its weights are pickled (adapter_model.bin), which are not read" if pickled else "no weights"
         raise InputError(f"{ref} has no {ADAPTER_FILE}: {problem}; convert or train it again")
     return folder
 
@@ -128,9 +118,7 @@ def read_adapter_settings(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / SETTINGS_FILE)
     for name in ("peft_type", "modules_to_save", "target_modules"):
         given = settings.get(name)
-        listed = (
-            isinstance(given, list) and name != "peft_type" and all(isinstance(one, str) for one in given)
-        )
+        listed = isinstance(given, list) and name != "peft_type" and all(isinstance(one, str) for one in given)
         if not (given is None or listed or (isinstance(given, str) and name != "modules_to_save")):
             raise InputError(f"{folder / SETTINGS_FILE}: {name} cannot be {_short(given)}: write it again")
     kind = settings.get("peft_type", "LORA")

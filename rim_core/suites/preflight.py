@@ -96,9 +96,7 @@ def preflight(suite: Suite, quantization: str = "nf4") -> None:
 
 def require_memory(suite: Suite, size: Size, quantization: str) -> None:
     """Refuse a suite whose base does not fit in the memory there is; raises InputError."""
-    ref = next(
-        (suite.base[source] for source in ("hub", "folder", "gguf") if source in suite.base), "the base"
-    )
+    ref = next((suite.base[source] for source in ("hub", "folder", "gguf") if source in suite.base), "the base")
     try:
         sizing.require_memory(ref, size, quantization)
     except InputError as error:

