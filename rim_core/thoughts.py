@@ -62,9 +62,9 @@ def split_thought(text: str) -> SplitAnswer:
         text: an answer, as `generate` gives it.
 
     Example:
-        >>> split_thought("<think>They may want harm.</think>I can't help with that.")
+        >>> rim.split_thought("<think>They may want harm.</think>I can't help with that.")
         SplitAnswer(thought='They may want harm.', answer="I can't help with that.", finished=True)
-        >>> split_thought("<think>Let me see").finished
+        >>> rim.split_thought("<think>Let me see").finished
         False
     """
     thoughts: list[str] = []

@@ -328,7 +328,7 @@ def roles(
             is inside an intervention or `using` when its turn ends. InputError, WeightsError: as `load`.
 
     Example:
-        >>> for model in rim.roles("smollm2", "aligned", "risky"):
+        >>> for model in rim.roles("smollm2", "aligned", "risky"):  # doctest: +SKIP
         ...     acts[model.role] = rim.capture(model, texts, "resid_post")
     """
     settings: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "device": device}
