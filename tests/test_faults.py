@@ -267,7 +267,7 @@ def test_two_runs_at_once_share_the_notebooks_and_run_none_twice(tmp_path):
 def test_a_lock_of_this_machine_ends_with_its_holder(tmp_path):
     folder = tmp_path / "notebook" / "default"
     holding = (
-        "import time; from pathlib import Path; from rim_core import folders\n"
+        "import time; from pathlib import Path; from companion import folders\n"
         f"with folders.locked(Path({str(folder)!r})): print(1, flush=True); time.sleep(60)"
     )
     command, environment = [sys.executable, "-c", holding], tiny_project.environment()

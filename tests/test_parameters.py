@@ -223,7 +223,7 @@ def test_every_number_of_a_shipped_notebook_has_bounds(name):
     ],
 )
 def test_rim_run_refuses_before_it_loads_a_model_or_starts_a_kernel(parameter, words, tmp_path):
-    command = "import sys; from rim_core import cli; sys.modules['torch'] = None; cli.main()"
+    command = "import sys; from companion import cli; sys.modules['torch'] = None; cli.main()"
     arguments = ["run", "self_aware/01_linear_probes", "-p", parameter]
     began = time.monotonic()
     done = subprocess.run(

@@ -12,13 +12,13 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, rim, write
 
-WORKFLOW = tiny_project.REPOSITORY / "workflow"
+WORKFLOW = tiny_project.REPOSITORY / "companion" / "workflow"
 # The environment beside the one that runs the tests, as `make workflow` builds it, or the path's.
 SNAKEMAKE = shutil.which("snakemake", path=f"{sys.prefix}/workflow/bin") or shutil.which("snakemake")
 needs_snakemake = pytest.mark.skipif(not SNAKEMAKE, reason="Snakemake is not installed: make workflow")
 # The tiny project's command, which writes down each call, and weights that need no fetching.
 COMMAND = tiny_project.COMMAND.replace(
-    "from rim_core import",
+    "from companion import",
     """\
 import sys, types
 fetching = types.ModuleType("rim_core.suites.fetching")
@@ -26,7 +26,7 @@ fetching.fetch = fetching.fetch_base = lambda suite: None
 sys.modules["rim_core.suites.fetching"] = fetching
 with open("calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
-from rim_core import""",
+from companion import""",
     1,
 )
 

@@ -35,7 +35,7 @@ RECORD = (
     "import rim_core as rim\n"
     "rim.claims('paper_a').record('A1', [0.9, 0.91, 0.92], controls={'shuffled': [0.5, 0.5, 0.5]})"
 )
-COMMAND = "from rim_core import cli; cli.main()"
+COMMAND = "from companion import cli; cli.main()"
 
 
 def notebook(*cells: str, parameters: str = PARAMETERS) -> dict[str, Any]:
