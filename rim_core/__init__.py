@@ -16,6 +16,7 @@ _PUBLIC = {
         "suites.schema": "load_suite Suite",
         "prompts": "load_prompts Prompt format_chat",
         "texts": "find_span",
+        "tables": "tidy",
         "thoughts": "split_thought",
         "interventions.metrics": "Projection LogitDifference ProbeScore",
         "interventions.patching": "patch neurons_above",
@@ -54,7 +55,7 @@ _MODULES = {
     path.rpartition(".")[2]: path
     for path in (
         *_PUBLIC.values(),
-        *("charts", "errors", "stats", "tables", "organisms", "sae"),
+        *("charts", "errors", "stats", "organisms", "sae"),
         *("models.checks", "models.hooks", "models.layout", "measures.writes"),
     )
 } | {

@@ -147,6 +147,86 @@ def distinct_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def array(
+    values: Any,
+    what: str,
+    *,
+    shape: Sequence[int | str] | None = None,
+    ndim: int | Collection[int] | None = None,
+    finite: bool = True,
+) -> Any:
+    """Give real numbers as an array: a tensor as it is but without gradient, anything else as NumPy's, none empty.
+
+    Args:
+        values: a tensor, an array, or lists of numbers or truth values (or of tensors).
+        shape: a size or a name for each axis, such as `("prompt", 30, "d_model")`; what is named may have any size.
+        ndim: how many axes, or which numbers of them there may be, where they need no names.
+        finite: refuse NaN and infinity.
+
+    Raises:
+        InputError: what is no number (text and complex numbers among them), lists of unequal length, an axis too many
+            or too few, one of another size, or one of size 0.
+
+    Example:
+        >>> array([[1, 2], [3, 4]], "steer: direction", shape=("layer", 2)).shape
+        (2, 2)
+        >>> array([1.0, 2.0], "project: direction", shape=("layer", 2))
+        Traceback (most recent call last):
+        rim_core.errors.InputError: project: direction has shape [2]; give numbers [layer, 2]
+    """
+    given = values.detach() if hasattr(values, "detach") else _as_numpy(values)
+    if given is None or "complex" in str(given.dtype):
+        wanted = "" if shape is None else f" [{', '.join(map(str, shape))}]"
+        raise InputError(f"{what} must be an array of real numbers{wanted}, not {shown(values)}")
+    axes = (ndim,) if isinstance(ndim, int) else ndim
+    fits = axes is None or given.ndim in axes
+    if shape is not None:
+        sizes = zip(shape, given.shape, strict=False)
+        fits = fits and given.ndim == len(shape) and all(isinstance(want, str) or want == has for want, has in sizes)
+    if not fits or 0 in given.shape:
+        wanted = f"numbers [{', '.join(map(str, shape))}]" if shape is not None else "numbers"
+        wanted += f" in {' or '.join(map(str, axes))} axes" if axes is not None else ""
+        raise InputError(f"{what} has shape {list(given.shape)}; give {wanted}{', none empty' * (0 in given.shape)}")
+    return _finite(given, what) if finite else given
+
+
+def _as_numpy(values: Any) -> np.ndarray | None:
+    """Real numbers as an array; None for what is none: of texts NumPy would make numbers without a word."""
+    try:
+        if isinstance(values, (list, tuple)):
+            values = [item.tolist() if hasattr(item, "tolist") else item for item in values]
+        raw = np.asarray(values)
+        if raw.dtype.kind == "O":
+            texts = any(isinstance(item, (str, bytes, complex)) for item in raw.flat)
+            return None if texts else raw.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return raw if raw.dtype.kind in "biuf" else None
+
+
+def same_length(what: str = "", /, **lists: Any) -> int:
+    """Give the length that all the lists have; `what` is the tool that asks.
+
+    Raises:
+        InputError: two lengths differ, or one is no list.
+
+    Example:
+        >>> same_length("patch", source=[1, 2], destination=[3])
+        Traceback (most recent call last):
+        rim_core.errors.InputError: patch: source has 2 items and destination 1; give equally many
+    """
+    start = f"{what}: " if what else ""
+    lengths = {
+        name: len(given) if hasattr(given, "__len__") else len(listed(given, f"{start}{name}"))
+        for name, given in lists.items()
+    }
+    first, *others = lengths
+    for name in others:
+        if lengths[name] != lengths[first]:
+            raise InputError(f"{start}{first} has {lengths[first]} items and {name} {lengths[name]}; give equally many")
+    return lengths[first]
+
+
 def finite(
     values: Any, what: str, axis: int | None = None, along: str = "layer", names: Sequence[object] | None = None
 ) -> Any:
@@ -183,3 +263,7 @@ def _range(low: int | None, high: int | None) -> str:
     if low is not None and high is not None:
         return f" from {low} to {high}"
     return f" of at least {low}" if low is not None else "" if high is None else f" of at most {high}"
+
+
+# For `array`, of whose arguments one has this name.
+_finite = finite

@@ -1,12 +1,16 @@
 """Where things are: the project's folder, its results, the cache, and the suites' files."""
 
+import contextlib
 import difflib
+import json
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from rim_core.errors import InputError
+from rim_core.errors import InputError, first_line
 
 DEFAULT_SUITE = "smollm2"
 PACKAGE = Path(__file__).resolve().parent
@@ -121,3 +125,69 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def remote_asked() -> bool:
     """Whether models run at NDIF where a call of `load` does not say: under `rim run --remote`."""
     return os.environ.get("RIM_REMOTE") == "1"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text file in place whole: a temporary sibling, renamed.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    beside = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put a value in place as a JSON file, whole; raises `InputError` where it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder) / "sizes.json", {"layers": 30})
+        ...     read_json(Path(folder) / "sizes.json")
+        {'layers': 30}
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises `InputError` where there is none, or where it is not readable as such."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not readable JSON: fetch or write it again") from None
+
+
+@contextlib.contextmanager
+def put_whole(folder: Path) -> Iterator[Path]:
+    """Within the context a temporary sibling is written to, which is `folder` afterwards; nothing where it fails.
+
+    Raises:
+        InputError: it cannot be written, or `folder` is there and not empty.
+    """
+    from safetensors import SafetensorError
+
+    working = _beside(folder)
+    try:
+        working.mkdir(parents=True)
+        yield working
+        os.replace(working, folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A sibling's name that no other process and no other call uses."""
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.tmp")

@@ -6,8 +6,9 @@ Every function refuses empty or non-finite input with an `InputError` instead of
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from typing import Any, Literal
 
@@ -30,25 +31,52 @@ _LARGEST = 1e150
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with a two-sided interval.
+    """An estimate with a two-sided interval, or many that were made alike: `interval[layer]` is one of them.
 
     Attributes:
-        estimate: the statistic on the whole sample, in the unit of the values.
-        low, high: the interval's ends, in the same unit.
+        estimate: the statistic on the whole sample, in the unit of the values; a float, or an array.
+        low: the interval's lower end, in the same unit; of the shape of `estimate`.
+        high: its upper end.
         n: observations behind the estimate.
         level: the interval's nominal coverage, 0 to 1.
         method: how the interval was made, in words.
+
+    Example:
+        >>> print(Interval(0.9, 0.55, 1.0, n=10))
+        0.9 (95% 0.55 to 1, n=10)
     """
 
-    estimate: float
-    low: float
-    high: float
+    estimate: Any
+    low: Any
+    high: Any
     n: int
     level: float = 0.95
     method: str = ""
 
     def __str__(self) -> str:
+        if np.ndim(self.estimate):
+            return "\n".join(f"{place}: {self[place]}" for place in np.ndindex(np.shape(self.estimate)))
         return f"{self.estimate:.3g} ({self.level:.0%} {self.low:.3g} to {self.high:.3g}, n={self.n})"
+
+    def __getitem__(self, place: Any) -> "Interval":
+        """The interval at a place of an array of them; several for a slice."""
+        if not np.ndim(self.estimate):
+            raise InputError("this is a single interval, which has no parts")
+        estimate, low, high = (
+            part if np.ndim(part := values[place]) else float(part) for values in (self.estimate, self.low, self.high)
+        )
+        return replace(self, estimate=estimate, low=low, high=high)
+
+    def to_frame(self, **axes: Sequence[object]) -> pd.DataFrame:
+        """Give a row an estimate: estimate, low, high and n, after a column of labels for each axis, by name."""
+        shape = np.shape(self.estimate)
+        columns = {name: np.ravel(getattr(self, name)) for name in ("estimate", "low", "high")}
+        frame = pd.DataFrame(columns).assign(n=self.n)
+        if not axes:
+            return frame
+        if tuple(map(len, axes.values())) != shape:
+            raise InputError(f"to_frame: axes {', '.join(axes)} do not fit estimates of shape {list(shape)}")
+        return frame.set_index(pd.MultiIndex.from_product(list(axes.values()), names=list(axes))).reset_index()
 
 
 @dataclass(frozen=True)
@@ -209,6 +237,71 @@ def resampled_means(values: ArrayLike, groups: Groups = None, n_resamples: int =
         len(sizes), np.full(len(sizes), 1 / len(sizes)), size=n_resamples
     )
     return (draws @ sums) / (draws @ sizes)[:, None]
+
+
+def of_means(
+    columns: ArrayLike,
+    function: Callable[[Floats], ArrayLike] | None = None,
+    groups: Groups = None,
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    over: str = "rows",
+) -> Interval:
+    """Give a function of columns' means with percentile intervals, all from one shared (cluster) bootstrap.
+
+    A share of variance, a ratio of two means, a correlation: whatever is made of means of what was measured for each
+    prompt. The draws are those of `resampled_means`.
+
+    Args:
+        columns: `[n, column]`.
+        function: of means `[row, column]`, the sample's own in row 0 and a resample's in each other, to
+            `[row]` or `[row, value]`; without one the means themselves are meant.
+        groups: `[n]` labels of what is resampled whole, or None to resample rows.
+        n_resamples: bootstrap samples drawn.
+        seed: of the resampling.
+        over: what a row is, for the interval's `method`.
+
+    Returns:
+        An `Interval` of floats, or of arrays `[value]`. Undefined values (NaN) of resamples are left out.
+
+    Raises:
+        InputError: as `resampled_means`.
+
+    Example:
+        >>> missed, total = [[1.0], [2.0], [1.5], [0.5]], [[4.0], [5.0], [4.0], [3.0]]
+        >>> of_means(np.hstack([missed, total]), lambda mean: 1 - mean[:, 0] / mean[:, 1], n_resamples=200).estimate
+        0.6875
+    """
+    data = _numbers(columns, "of_means: columns", "numbers [n, column]")
+    drawn = resampled_means(data, groups, n_resamples, seed)
+    means = np.concatenate([data.mean(0, keepdims=True), drawn])
+    found = means if function is None else np.asarray(function(means), dtype=np.float64)
+    unit = over if groups is None else f"{len(set(group_codes(groups, len(data))))} groups"
+    return percentiles(found, len(data), f"percentile bootstrap over {unit}")
+
+
+def percentiles(values: ArrayLike, n: int, method: str = "percentile bootstrap") -> Interval:
+    """Give a 95 % interval from a statistic on a sample and on its resamples; undefined ones (NaN) are left out.
+
+    Args:
+        values: `[1 + resample]` or `[1 + resample, value]`, the sample's own first.
+        n: observations in the sample.
+        method: how it was resampled, in words.
+
+    Example:
+        >>> print(percentiles([0.5, 0.4, 0.5, 0.6], n=20))
+        0.5 (95% 0.405 to 0.595, n=20)
+    """
+    data = np.asarray(values, dtype=np.float64)
+    estimate, resampled = data[0], data[1:]
+    of = np.nanpercentile if np.isnan(resampled).any() else np.percentile
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a column without any defined value, whose ends are NaN
+        low, high = of(resampled, [2.5, 97.5], axis=0)
+    if data.ndim == 1:
+        return Interval(float(estimate), float(low), float(high), n, method=method)
+    return Interval(estimate, low, high, n, method=method)
 
 
 def cohens_d(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
