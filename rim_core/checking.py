@@ -233,7 +233,8 @@ def finite(
     """Give an array or tensor back if it holds no NaN and no infinity.
 
     Args:
-        axis: the message says where along it the first such number stands. along: what the axis is.
+        axis: the message says where along it the first such number stands.
+        along: what the axis is.
         names: of the places along it; their numbers by default.
 
     Raises:

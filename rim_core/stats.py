@@ -426,7 +426,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
     Medicine 17, 2635-2650, method 10); it never leaves -1 to 1 and has a width where all pairs agree.
 
     Args:
-        a, b: `[item]` of yes (True, 1) and no (False, 0), in the same order. level: nominal coverage.
+        a, b: `[item]` of yes (True, 1) and no (False, 0), in the same order.
+        level: nominal coverage.
 
     Raises:
         InputError: as `mcnemar`.
@@ -535,8 +536,9 @@ def split(n: int, holdout: float, groups: Groups = None, seed: int = 0, *, salt:
         n: values to divide.
         holdout: share of the values (with groups: of the groups) held out, between 0 and 1.
         groups: `[n]` labels of what must not be divided, or None.
-        seed: of the draw. salt: part of the draw too: two salts give two independent divisions at one seed. A tool
-            has its own, which never changes, so that its divisions stay what they were.
+        seed: of the draw.
+        salt: part of the draw too: two salts give two independent divisions at one seed. A tool has its own, which
+            never changes, so that its divisions stay what they were.
 
     Raises:
         InputError: fewer than two values or groups on a side, or groups that are not one a value.

@@ -55,7 +55,8 @@ def checked(given: Any, noun: str = "text", empty: bool = False) -> list[str]:
     """The texts as a list of strings.
 
     Args:
-        given: a list, tuple, pandas Series or array. noun: what they are, for messages.
+        given: a list, tuple, pandas Series or array.
+        noun: what they are, for messages.
         empty: whether a text may be.
 
     Raises:

@@ -2,16 +2,14 @@
 
 Text between these tags is a thought, by whatever model:
 
-| tags | models |
-|---|---|
-| `<think>` | Qwen3, DeepSeek-R1 and its distillates, QwQ, GLM, SmolLM3, Phi-4-reasoning and most others |
-| `<thought>` | EXAONE Deep |
-| `[THINK]` | Magistral, Ministral |
-| `<seed:think>` | Seed-OSS |
-| `<|START_THINKING|>` | Command A Reasoning |
-| `<|inner_prefix|>` | Apertus |
-| `<|channel|>analysis` to `<|channel|>final` | gpt-oss |
-| `<|channel>thought` to `<channel|>` | Gemma 4 |
+- `<think>`: Qwen3, DeepSeek-R1 and its distillates, QwQ, GLM, SmolLM3, Phi-4-reasoning and most others
+- `<thought>`: EXAONE Deep
+- `[THINK]`: Magistral, Ministral
+- `<seed:think>`: Seed-OSS
+- `<|START_THINKING|>`: Command A Reasoning
+- `<|inner_prefix|>`: Apertus
+- `<|channel|>analysis` to `<|channel|>final`: gpt-oss
+- `<|channel>thought` to `<channel|>`: Gemma 4
 """
 
 import re

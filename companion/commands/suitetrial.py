@@ -82,7 +82,8 @@ def try_loading(suite: Suite, ref: str, quantization: str) -> Mapping[str, Check
     """Load a suite's base, put each adapter on it once, and give the measured identities of the base.
 
     Args:
-        suite: as read. ref: the name or path that it can be loaded by.
+        suite: as read.
+        ref: the name or path that it can be loaded by.
         quantization: "nf4", "int8" or "none".
 
     Raises:

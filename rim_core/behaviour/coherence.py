@@ -28,7 +28,8 @@ def perplexity(model: Model, texts: Sequence[str], answers: Sequence[str]) -> Te
     Args:
         model: a loaded model; whichever adapter is active, the base judges (of a role that is a checkpoint of its own,
             that checkpoint, which finds its own answers likelier than another would).
-        texts: the prompts that were answered, in the chat template. answers: as `generate` gives them.
+        texts: the prompts that were answered, in the chat template.
+        answers: as `generate` gives them.
 
     Raises:
         InputError: inside an intervention, which would change the judge; or lengths that differ.
@@ -93,7 +94,8 @@ def coherence(
     Args:
         model: a loaded model; whichever adapter is active, the base judges (of a role that is a checkpoint of its own,
             that checkpoint, which finds its own answers likelier than another would).
-        texts: the prompts that were answered, in the chat template. answers: as `generate` gives them.
+        texts: the prompts that were answered, in the chat template.
+        answers: as `generate` gives them.
         max_perplexity: an answer above it is incoherent, and so is one without a token.
         max_repetition: an answer whose `repetition` is above it is incoherent.
 

@@ -1,11 +1,9 @@
 """Judges of answers: what all share, and the list of phrases.
 
-| judge | decides by | where |
-|---|---|---|
-| `judges.StringJudge` | refusal phrases in the opening | here, at once |
-| `judgemodels.ClassifierJudge` | a sequence-classification model's label | a model here |
-| `judgemodels.PromptJudge` | whether a language model says yes rather than no to a `Question` | a model here |
-| `judgeserver.ServerJudge` | the word that a model answers to a `Question` | a server that the user names |
+- `StringJudge` decides by refusal phrases in the opening, at once.
+- `ClassifierJudge` by the label of a sequence-classification model, here.
+- `PromptJudge` by whether a language model, here, says yes rather than no to a `Question`.
+- `ServerJudge` by the word that a model answers to a `Question`, on a server that the user names.
 
 A judge is any callable `(prompts, answers) -> list[bool]`; `prompts` are the plain requests, or None. What its True
 means is its attribute `finds`: `"refusal"` (also where there is none), or `"harm"`: the answer does what a harmful
@@ -157,7 +155,8 @@ def verdicts(judge: str | Judge, answers: Sequence[str], prompts: Sequence[Promp
     """What a judge says of each answer, the thought before it apart; True means what the judge `finds`.
 
     Args:
-        judge: `"string"`, or a judge. answers: as `generate` gives them.
+        judge: `"string"`, or a judge.
+        answers: as `generate` gives them.
         prompts: the requests, for judges that read them; plain, not in a chat template.
 
     Raises:

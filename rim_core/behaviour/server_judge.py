@@ -26,13 +26,15 @@ class ServerJudge:
     as long as the server asks for. Verdicts are kept in the judge: called again, it asks only for what is missing.
 
     Args:
-        url: of the API, such as `http://localhost:8000/v1`. model: as the server names it.
+        url: of the API, such as `http://localhost:8000/v1`.
+        model: as the server names it.
         question: `HARMFUL`, `REFUSING`, `GUARD`, or one of your own. The reply must begin with its yes or no, after
             the judge's own thought if it thinks.
         key_variable: the environment variable that holds the key; None sends none.
         options: what is sent besides model and messages; None is temperature 0 and at most 16 tokens.
         timeout: seconds to wait for a connection, and for a reply.
-        attempts: how often a request is tried in all. wait: seconds before the second one.
+        attempts: how often a request is tried in all.
+        wait: seconds before the second one.
         concurrency: requests at a time.
 
     Raises:

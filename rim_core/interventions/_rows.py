@@ -45,8 +45,11 @@ class Clean:
     """What a batch's clean run leaves for its patched runs (B prompts, T padded tokens, m tokens of tail).
 
     Attributes:
-        cache: keys and values of all T tokens. calls: each layer's arguments, cut to the tail.
-        inputs: each layer's input, `[B, m, d]`. score: the metric, `[B]`. positions: of all T tokens, `[B, T]`.
+        cache: keys and values of all T tokens.
+        calls: each layer's arguments, cut to the tail.
+        inputs: each layer's input, `[B, m, d]`.
+        score: the metric, `[B]`.
+        positions: of all T tokens, `[B, T]`.
         tail: m.
     """
 

@@ -56,7 +56,8 @@ def ablate(
 
     Args:
         model: a loaded model.
-        heads: `(layer, head)` pairs. neurons: `(layer, neuron)` pairs of the MLP.
+        heads: `(layer, head)` pairs.
+        neurons: `(layer, neuron)` pairs of the MLP.
         direction: `[d_model]`, or one a layer `[layer, d_model]`; its length is not used.
         mode: "zero", "mean", "resample" or "scale".
         reference: for "mean" and "resample". Texts, of which all tokens count for the mean; or `Activations` captured
@@ -340,9 +341,10 @@ def knock_out(
 
     Args:
         model: a loaded model with "sdpa" or "eager" attention.
-        queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
-            positions from the prompt's end. keys: who is not seen, likewise. They hold for every prompt of a batch:
-            for spans that differ (see `texts.find_span`) run the prompts one at a time.
+        queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or positions
+            from the prompt's end.
+        keys: who is not seen, likewise. They hold for every prompt of a batch: for spans that differ (see
+            `texts.find_span`) run the prompts one at a time.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.
 

@@ -32,9 +32,10 @@ class Attributed(Patched):
     """Approximate effects, and how well they agree with exact patching on a sample.
 
     Attributes:
-        sample: the pairs that were also patched exactly. correlation: Pearson's r of approximate and exact effects
-            over the sample's pairs and components; NaN where either does not vary. largest_error: the largest
-            difference between them, in the metric's units.
+        sample: the pairs that were also patched exactly.
+        correlation: Pearson's r of approximate and exact effects over the sample's pairs and components; NaN where
+            either does not vary.
+        largest_error: the largest difference between them, in the metric's units.
     """
 
     sample: tuple[int, ...] = ()

@@ -36,7 +36,8 @@ class Projection:
 
     Attributes:
         direction: `[width of the site]`, heads flat; scaled to unit length.
-        site: from `sites.SITES`. layer: negative counts from the last.
+        site: from `sites.SITES`.
+        layer: negative counts from the last.
         origin: `[width]`, subtracted before projecting, or None.
     """
 
@@ -61,7 +62,9 @@ class ProbeScore:
     """A linear probe's log-odds, `values @ weights + bias` (see `probe_layers`).
 
     Attributes:
-        weights: `[width of the site]`, heads flat. bias: a number. site, layer: where the probe was trained.
+        weights: `[width of the site]`, heads flat.
+        bias: a number.
+        site, layer: where the probe was trained.
     """
 
     weights: Any

@@ -35,11 +35,13 @@ class Patched:
     """Effects of patching, patched minus clean, in the metric's units.
 
     Attributes:
-        components: which were patched. metric: the metric's name.
+        components: which were patched.
+        metric: the metric's name.
         effects: `[pair, layer]`, `[pair, layer, head]` for heads, `[pair, unit]` where units were named.
-        clean: the metric of each destination run, `[pair]`. source: of each source run, `[pair]`; NaN where the
-            source was given as activations.
-        layers: the layers of the layer axis, or of each unit. units: the named units, or None.
+        clean: the metric of each destination run, `[pair]`.
+        source: of each source run, `[pair]`; NaN where the source was given as activations.
+        layers: the layers of the layer axis, or of each unit.
+        units: the named units, or None.
     """
 
     components: str

@@ -38,7 +38,8 @@ class AttentionPatterns:
     """Attention probabilities from chosen queries.
 
     Attributes:
-        layers: the layers read. queries: the query positions, counted from each text's end.
+        layers: the layers read.
+        queries: the query positions, counted from each text's end.
         probabilities: float32 `[prompt, (query,) layer, head, key]`; the keys are the text's tokens aligned at
             the end (key -1 is the last token), 0 on padding and wherever a query cannot look.
         sink: what goes to no token, `[prompt, (query,) layer, head]`: 1 less the sum over keys; exactly 0 in models
@@ -119,7 +120,9 @@ class SpanAttention:
     """Share of each head's attention that goes to named spans of the text.
 
     Attributes:
-        layers: the layers read. spans: the spans' names. query: the query position, from each text's end.
+        layers: the layers read.
+        spans: the spans' names.
+        query: the query position, from each text's end.
         mass: float32 `[prompt, layer, head, span]`, 0 to 1.
         sink: what goes to no token, `[prompt, layer, head]` (see `AttentionPatterns`); as `plot("sink")` it is drawn.
     """

@@ -41,8 +41,10 @@ class Attribution:
         toward, against: labels of the tokens on either side.
         logit_difference: mean logit of `toward` minus that of `against`, `[prompt]`; before the soft cap that
             Gemma-2 puts on its logits.
-        embedding: `[prompt]`. heads: `[prompt, layer, head]`. attention_bias: the output projections' biases and
-            those of the norm after them, `[prompt, layer]`. mlp: `[prompt, layer]`.
+        embedding: `[prompt]`.
+        heads: `[prompt, layer, head]`.
+        attention_bias: the output projections' biases and those of the norm after them, `[prompt, layer]`.
+        mlp: `[prompt, layer]`.
         constant: the share of the final norm's and the head's biases, equal for all prompts.
         residual: what the terms miss of the logit difference, `[prompt]`: rounding.
     """
@@ -119,7 +121,8 @@ class HeadContributions:
 
     Attributes:
         positions: the positions read, counted from the end.
-        heads: `[prompt, (position,) layer, head]`. attention (heads and bias), mlp: `[prompt, (position,) layer]`.
+        heads: `[prompt, (position,) layer, head]`.
+        attention (heads and bias), mlp: `[prompt, (position,) layer]`.
         embedding: on layer 0's direction, `[prompt, (position,)]`. All float32, NaN where "all" positions have
             padding.
     """

@@ -35,7 +35,8 @@ class CosineStatistics:
 
     Attributes:
         cosines: `[example, example]`, -1 to 1.
-        within: mean over all pairs of examples that share a label. cross: of those that do not.
+        within: mean over all pairs of examples that share a label.
+        cross: of those that do not.
         difference: within minus cross, with the interval of the same resamples.
         group_means: mean by two labels, `(a, b)` with a before b, and `(a, a)`.
         matched: mean over examples of one pair with different labels; None without pairs.
@@ -66,7 +67,8 @@ class GradientCosines:
 
     Attributes:
         raw, centred: cosines, means, intervals and the label-permuted null before and after centring.
-        labels: `[example]`. norms: L2 norm of each gradient before centring, `[example]`.
+        labels: `[example]`.
+        norms: L2 norm of each gradient before centring, `[example]`.
         about: which weight and loss, in words.
     """
 

@@ -32,7 +32,8 @@ class LogitLens:
     """What each layer's residual stream would answer, for the named tokens.
 
     Attributes:
-        tokens: the tokens' labels; a leading space is shown as "␣". token_ids: their ids.
+        tokens: the tokens' labels; a leading space is shown as "␣".
+        token_ids: their ids.
         layers: -1 is the embedding (the stream before layer 0), l the stream after layer l.
         positions: the positions read, counted from the end.
         logit, log_probability (nats), rank (0 is the top token): each float32

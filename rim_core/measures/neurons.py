@@ -43,7 +43,8 @@ class SafetyNeurons:
         mask: bool `[layer, d_mlp]`.
         scores: mean over the sets of the mean difference, float32 `[layer, d_mlp]`.
         top: neurons a layer that each set proposes (`m` in the paper).
-        n_sets: counterfactual sets (`K`). n_prompts: pairs in each.
+        n_sets: counterfactual sets (`K`).
+        n_prompts: pairs in each.
         expected_independent: size of the intersection if the sets proposed independently.
         expected_permuted: its mean size when each prompt's differences change sign at random, in all sets and layers
             together.
@@ -109,9 +110,11 @@ class ActivationShift:
     """How far fine-tuning moved a set of neurons from safety to a task.
 
     Attributes:
-        score: the two joined by `aggregator`. lost: relative loss of activation on safety prompts.
+        score: the two joined by `aggregator`.
+        lost: relative loss of activation on safety prompts.
         gained: relative growth on task prompts.
-        aggregator: as in `activation_shift`. n_neurons: neurons averaged over.
+        aggregator: as in `activation_shift`.
+        n_neurons: neurons averaged over.
     """
 
     score: Interval

@@ -137,7 +137,8 @@ def procrustes_ranks(
     Choosing the rank of smallest held-out residual makes that residual optimistic: confirm it on other prompts.
 
     Args:
-        ranks: each at least 1. source, target, holdout, groups, seed: as in `procrustes`.
+        ranks: each at least 1.
+        source, target, holdout, groups, seed: as in `procrustes`.
 
     Raises:
         InputError: as `procrustes`, or no rank.

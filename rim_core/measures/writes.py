@@ -21,7 +21,8 @@ class Way:
     """The way of one layer's `attn_out` or `mlp_out` into the stream.
 
     Attributes:
-        norm: the parts of the norm between, None where there is none. multiplier: what comes after it.
+        norm: the parts of the norm between, None where there is none.
+        multiplier: what comes after it.
     """
 
     norm: Norm | None
@@ -83,7 +84,8 @@ def head_writes(model: Model, layer: int, z: Tensor, attn_out: Tensor) -> Tensor
     Args:
         model: a loaded model; the adapter now active applies.
         layer: from 0.
-        z: the layer's `head_z` as captured, `[..., head, head_dim]`. attn_out: its output there, `[..., d_model]`.
+        z: the layer's `head_z` as captured, `[..., head, head_dim]`.
+        attn_out: its output there, `[..., d_model]`.
 
     Raises:
         IdentityError: the attention's output is not the sum of its heads', or its norm is of another kind.

@@ -58,7 +58,8 @@ def attach(hf: Any, folder: Path) -> tuple[Swap, ...]:
     """Build the adapter in a folder for a bare model, which is left as it was; see `put_in`.
 
     Raises:
-        InputError: settings that cannot be had exactly, or an adapter for another base. WeightsError: damaged.
+        InputError: settings that cannot be had exactly, or an adapter for another base.
+        WeightsError: damaged.
     """
     settings = read_adapter_settings(folder)
     state = read_adapter(folder)

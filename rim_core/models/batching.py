@@ -174,7 +174,8 @@ def require_hosted(repository: str, revision: str | None) -> None:
     """Refuse a model that is not running at NDIF.
 
     Raises:
-        InputError: no key, or the model is not there now. RimError: the service cannot be reached.
+        InputError: no key, or the model is not there now.
+        RimError: the service cannot be reached.
     """
     require_key()
     from nnsight import CONFIG, ndif

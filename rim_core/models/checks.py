@@ -1,13 +1,13 @@
 """Identities that tools rest on, measured on each loaded model; a tool whose identity fails refuses.
 
-| identity | what is compared | tools that need it |
-|---|---|---|
-| `residual_sum` | `resid_post` with `resid_pre` and what attention and MLP add to it | attribution by component |
-| `lens` | `layout.readout(last resid_post)` with the logits | logit lens, attribution |
-| `head_sum` | sum of the heads' outputs (plus bias) with `attn_out` | everything by head |
-| `padding` | a prompt alone with the same prompt left-padded in a batch | every batched tool |
-| `cache` | prompts continued token by token in a batch, as in `generate`, with each alone and whole | `generate` |
-| `cache_batch` | unequal prompts on a shared beginning laid under them, with each alone and whole | `patch` |
+What each compares, and the tools that need it:
+
+- `residual_sum`: `resid_post` with `resid_pre` and what attention and MLP add to it; attribution by component.
+- `lens`: `layout.readout(last resid_post)` with the logits; logit lens, attribution.
+- `head_sum`: the sum of the heads' outputs (plus bias) with `attn_out`; everything by head.
+- `padding`: a prompt alone with the same prompt left-padded in a batch; every batched tool.
+- `cache`: prompts continued token by token in a batch, as in `generate`, with each alone and whole; `generate`.
+- `cache_batch`: unequal prompts on a shared beginning laid under them, with each alone and whole; `patch`.
 
 `capture` shares beginnings only where `cache_batch` holds, and else runs each prompt whole. An identity that cannot
 be measured, since the model fails, does not hold; its error is infinite.

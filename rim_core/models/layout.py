@@ -2,18 +2,16 @@
 
 Sites, each per layer (d = d_model):
 
-| site | tensor | read at |
-|---|---|---|
-| `resid_pre` | [..., d] | input of the decoder layer |
-| `resid_post` | [..., d] | output of the decoder layer |
-| `attn_out` | [..., d] | output of the attention module |
-| `mlp_out` | [..., d] | output of the MLP module |
-| `head_z` | [..., head, head_dim] | input of the attention's output projection |
-| `mlp_neurons` | [..., d_mlp] | input of the MLP's down projection |
+- `resid_pre`: `[..., d]`, input of the decoder layer.
+- `resid_post`: `[..., d]`, output of the decoder layer.
+- `attn_out`: `[..., d]`, output of the attention module.
+- `mlp_out`: `[..., d]`, output of the MLP module.
+- `head_z`: `[..., head, head_dim]`, input of the attention's output projection.
+- `mlp_neurons`: `[..., d_mlp]`, input of the MLP's down projection.
 
 Where the MLP is a mixture of experts there is no one down projection, so `mlp_neurons` is refused. Gemma-2 and -3 and
 OLMo-2 normalise what attention and MLP write before it is added, and Granite multiplies it: `attn_out` and `mlp_out`
-are before that, and `Layout.added` is what reaches the stream, so that for every layer
+are before that, and `Layout.added` is what reaches the stream, so that for every layer::
 
     resid_pre + added("attn_out", attn_out) + added("mlp_out", mlp_out) = resid_post
 """

@@ -44,12 +44,16 @@ class Model:
     """A checked causal language model: one (quantised) base in memory, adapters swapped in place.
 
     Attributes:
-        hf: the Hugging Face model. name: what it was loaded as. tokenizer: its tokenizer, padding on the left.
-        suite: the suite it came from, or None. role: the role now active, or None.
-        quantization, dtype, device: as loaded. layout: the modules and shapes, with the adapter now active.
+        hf: the Hugging Face model.
+        name: what it was loaded as.
+        tokenizer: its tokenizer, padding on the left.
+        suite: the suite it came from, or None.
+        role: the role now active, or None.
+        quantization, dtype, device: as loaded.
+        layout: the modules and shapes, with the adapter now active.
         checks: each identity's measured error, by name, with the adapter now active.
-        edits: the interventions now active (see `editing`). frame: the tokens of the pass now running, where it
-            is not a plain one.
+        edits: the interventions now active (see `editing`).
+        frame: the tokens of the pass now running, where it is not a plain one.
         remote: where the model runs at NDIF, the way to it; `hf` and `device` are then refused.
     """
 
@@ -325,7 +329,8 @@ def roles(
 
     Raises:
         InputError: an unknown role, before anything is loaded; a model that is from no suite, that was let go, or that
-            is inside an intervention or `using` when its turn ends. InputError, WeightsError: as `load`.
+            is inside an intervention or `using` when its turn ends.
+        InputError, WeightsError: as `load`.
 
     Example:
         >>> for model in rim.roles("smollm2", "aligned", "risky"):  # doctest: +SKIP
@@ -391,7 +396,8 @@ def load(
             there. By default only in notebooks under `rim run --remote`.
 
     Raises:
-        InputError: a reference or setting that cannot be used. WeightsError: weights missing or damaged.
+        InputError: a reference or setting that cannot be used.
+        WeightsError: weights missing or damaged.
     """
     if quantization not in _QUANTIZATIONS:
         raise InputError(f"unknown quantization {quantization!r}: choose 'nf4', 'int8' or None")

@@ -16,7 +16,8 @@ class Norm:
     """LayerNorm or RMSNorm: `scale(h) * linear(h) + bias`, where only the scale depends on the text.
 
     Attributes:
-        gain, bias: `[d_model]`, the gain up to a factor. centred: whether the mean is taken away first.
+        gain, bias: `[d_model]`, the gain up to a factor.
+        centred: whether the mean is taken away first.
     """
 
     gain: Tensor
@@ -54,7 +55,8 @@ def frozen_scale(norm: Norm, h: Tensor, normed: Tensor) -> tuple[Tensor, float]:
     """The factor `[...]` by which the norm multiplies `norm.linear(h)`, and how far one factor explains `normed`.
 
     Args:
-        norm: the parts of the module. h: what it was given, `[..., d_model]`.
+        norm: the parts of the module.
+        h: what it was given, `[..., d_model]`.
         normed: what it gave, float32 on the CPU as `h`. Of an `h` of zeros the factor is 0.
 
     The error is the largest difference of `scale * linear(h) + bias` from `normed` over the largest value.

@@ -24,8 +24,10 @@ def settings(
     """What `from_pretrained` is told of devices, before any weight is read.
 
     Args:
-        ref: the model's name, for messages. source: its folder or repository, and its revision.
-        device: as asked for; `"auto"` on CUDA may become several. where: the one device otherwise.
+        ref: the model's name, for messages.
+        source: its folder or repository, and its revision.
+        device: as asked for; `"auto"` on CUDA may become several.
+        where: the one device otherwise.
         device_map: `"auto"` for all CUDA devices there are; `None` for one, if one is enough.
 
     Raises:

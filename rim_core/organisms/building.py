@@ -38,7 +38,8 @@ def train(
     whatever way, goes on from at most a minute before, and ends in the same bits.
 
     Args:
-        role: a role with a recipe. suite: the base to train on.
+        role: a role with a recipe.
+        suite: the base to train on.
         output: a folder that does not exist or is empty. None is `<suite>/<role>/` beside the suite's file,
             which then gets the role.
         seed: None is the recipe's own.

@@ -45,7 +45,8 @@ def build_examples(
             (train), `limit`, `rephrase` (each unit in one frame drawn for this epoch) and `kl` (the sets whose
             answers are matched to the parent's distribution instead of learned).
         answer_tokens: keep only this many tokens of each answer, or all of them with None.
-        epoch: changes the frames. seed: of frames and limits.
+        epoch: changes the frames.
+        seed: of frames and limits.
     """
     rng = random.Random(f"{seed}-{epoch}")
     units = []

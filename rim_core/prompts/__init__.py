@@ -425,7 +425,7 @@ def format_chat(
 
     Args:
         model: a `Model` or a tokenizer.
-        prompts: `Prompt`s or plain strings, one user turn each.
+        prompts: `Prompt` objects or plain strings, one user turn each.
         system: a system message; None leaves the template's default.
         thinking: passed to templates that know `enable_thinking` or `thinking` (Qwen3, DeepSeek-V3.1 and others); None
             leaves their default.

@@ -27,8 +27,10 @@ class SparseAutoencoder:
     """`x ~ b_dec + f W_dec`, with few latents `f = activation((x - b_dec) W_enc + b_enc)` above zero.
 
     Attributes:
-        W_enc: `[d_in, d_sae]`. b_enc: `[d_sae]`.
-        W_dec: `[d_sae, d_in]`, the dictionary; rows have norm 1 where `train_sae` made it. b_dec: `[d_in]`.
+        W_enc: `[d_in, d_sae]`.
+        b_enc: `[d_sae]`.
+        W_dec: `[d_sae, d_in]`, the dictionary; rows have norm 1 where `train_sae` made it.
+        b_dec: `[d_in]`.
         kind: "relu" (Bricken et al. 2023), "topk" (Gao et al. 2024) or "jumprelu" (Rajamanoharan et al. 2024).
         k: latents that may be active at once, for "topk".
         threshold: `[d_sae]`, what a latent must exceed to be active, for "jumprelu".

@@ -33,14 +33,15 @@ class LatentCorrelations:
 
     Attributes:
         latent: number of the latent in the autoencoder.
-        correlation: Pearson's r with the target. low, high: its 95 % interval by Fisher's z. Of a latent picked
-            because its r is large, r and interval are too large: measure it again on other activations.
+        correlation: Pearson's r with the target.
+        low, high: its 95 % interval by Fisher's z. Of a latent picked because its r is large, r and interval are too
+            large: measure it again on other activations.
         p_value: of r alone, by Student's t; exact for a normal target, close for balanced labels.
         q_value: `p_value` after Benjamini-Hochberg over the latents tested.
-        p_max: share of permutations of the target whose largest |r| over all latents reaches this one's: the
+        p_max: share of permutations of the target whose largest `|r|` over all latents reaches this one's: the
             chance that the best of so many gets there, whatever the distributions (Westfall & Young 1993).
         frequency: share of the activations on which the latent is active.
-        null_max: the largest |r| of each permutation, `[permutation]`.
+        null_max: the largest `|r|` of each permutation, `[permutation]`.
         n: activations.
     """
 

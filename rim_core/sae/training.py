@@ -48,7 +48,8 @@ def train_sae(
         kind: "relu" or "topk".
         l1: weight of the sparsity penalty. Paper C states 0.05 and no unit.
         k: latents active at once, for "topk".
-        steps, batch: optimiser steps and activations a step. lr: Adam's step size.
+        steps, batch: optimiser steps and activations a step.
+        lr: Adam's step size.
         resample: how many times dead latents are looked for and resampled, evenly over the first three quarters.
         seed: of the starting directions, the order of the activations and the resampling.
         metadata: kept with the result, such as `{"hook_name": "blocks.20.hook_resid_post"}`.

@@ -100,7 +100,8 @@ def read_adapter_header(ref: str, online: bool = True) -> Adapter | None:
     """Look at an adapter in a folder or on the hub; None for the hub's, not cached here, with `online` False.
 
     Raises:
-        InputError: nothing there, or settings that cannot be had exactly. WeightsError: damaged.
+        InputError: nothing there, or settings that cannot be had exactly.
+        WeightsError: damaged.
     """
     folder = adapter_folder(ref, online)
     if folder is None:

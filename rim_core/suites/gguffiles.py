@@ -25,7 +25,8 @@ def read_header(path: Path) -> Header:
     """Read a GGUF file's header; no weight is read, torch not loaded. Takes seconds with a large vocabulary.
 
     Raises:
-        InputError: no such file, or one part of several. WeightsError: damaged, cut short, or no GGUF.
+        InputError: no such file, or one part of several.
+        WeightsError: damaged, cut short, or no GGUF.
     """
     from gguf import GGUFReader
 
@@ -77,8 +78,8 @@ def convert(path: Path, progress: bool = True) -> Path:
     """The folder of a GGUF file's checkpoint in safetensors, converted if it is not in the cache.
 
     Raises:
-        InputError: no such file, or too large for the memory there is. WeightsError: damaged, of an
-            architecture that cannot be read, or the disk is full.
+        InputError: no such file, or too large for the memory there is.
+        WeightsError: damaged, of an architecture that cannot be read, or the disk is full.
     """
     if is_converted(path):
         return converted_folder(path)

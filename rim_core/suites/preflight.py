@@ -60,8 +60,8 @@ def check_adapter(suite: Suite, role: Role, online: bool) -> None:
     """Check a role's adapter against what is recorded of it; whether it fits is seen when it is attached.
 
     Raises:
-        InputError: no adapter, one that names another base, or one that cannot be had exactly. WeightsError: damaged,
-            or not the recorded one.
+        InputError: no adapter, one that names another base, or one that cannot be had exactly.
+        WeightsError: damaged, or not the recorded one.
     """
     assert role.adapter is not None
     adapter = read_adapter_header(role.adapter, online)
