@@ -130,7 +130,7 @@ def figure(group: Sequence[Number], suites: Sequence[str]) -> alt.LayerChart:
     question = f"is it {one.asked}?" if one.asked else "is it the same?"
     told = "; ".join(f"{n.suite} {n.text}" for n in group)
     rule = f" The shaded range is what the rule allows: {one.asked}." if one.asked else ""
-    return charts.compared(
+    return charts.intervals(
         frame,
         "measured",
         label="suite",

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import altair as alt
@@ -107,57 +108,80 @@ def test_missing_numbers_stay_out_of_the_json(layers):
     assert "–" in html
 
 
-@pytest.mark.parametrize(
-    "chart",
-    [
-        pytest.param(by_layer, id="by_layer"),
-        pytest.param(
-            lambda frame: charts.intervals(
-                frame, "accuracy", label="series", title="t", x_title="x", description="d", reference=0.5
-            ),
-            id="intervals",
-        ),
-        pytest.param(
-            lambda frame: charts.intervals(
-                frame, "accuracy", label="layer", title="t", x_title="x", description="d", series="series"
-            ),
-            id="intervals by series",
-        ),
-        pytest.param(
-            lambda frame: charts.distribution(
-                frame, "accuracy", series="series", title="t", x_title="x", description="d", reference=0.5
-            ),
-            id="distribution",
-        ),
-        pytest.param(
-            lambda frame: charts.scatter(
-                frame, "layer", "accuracy", series="series", title="t", x_title="x", y_title="y", description="d"
-            ),
-            id="scatter",
-        ),
-        pytest.param(
-            lambda frame: charts.heatmap(
-                frame,
-                "accuracy",
-                x="layer",
-                y="series",
-                title="t",
-                x_title="layer",
-                y_title="s",
-                value_title="v",
-                description="d",
-                diverging=True,
-            ),
-            id="heatmap",
-        ),
-    ],
-)
+CHARTS = {
+    "by_layer": lambda frame: charts.by_layer(frame, "accuracy", series="series"),
+    "by_layer, one line": lambda frame: charts.by_layer(frame[frame["series"] == "risky"], "accuracy", chance=0.5),
+    "intervals": lambda frame: charts.intervals(frame, "accuracy", label="series", reference=0.5),
+    "intervals by series": lambda frame: charts.intervals(frame, "accuracy", label="layer", series="series"),
+    "intervals, a rule": lambda frame: charts.intervals(
+        frame, "accuracy", label="series", names=["risky", "shuffled labels", "other"], allowed=(0.5, math.inf)
+    ),
+    "distribution": lambda frame: charts.distribution(frame, "accuracy", series="series", reference=0.5),
+    "distribution, one": lambda frame: charts.distribution(frame, "accuracy"),
+    "scatter": lambda frame: charts.scatter(frame, "layer", "accuracy", series="series"),
+    "heatmap": lambda frame: charts.heatmap(frame, "accuracy", x="layer", y="series", diverging=True),
+}
+
+
+@pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
 def test_every_chart_fits_its_container_and_says_which_column_is_missing(layers, chart):
-    assert spec_in(bundle_of(chart(layers))["text/html"])["width"] == "container"
+    html = bundle_of(chart(layers))["text/html"]
+    assert spec_in(html)["width"] == "container"
+    assert html.count("<table>") == 1
     with pytest.raises(InputError, match="no column accuracy"):
         chart(layers.drop(columns="accuracy"))
     with pytest.raises(InputError, match="no rows"):
         chart(layers.iloc[:0])
+
+
+@pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
+def test_titles_and_description_are_made_of_the_table(layers, chart):
+    spec = chart(layers).to_dict()
+    assert "accuracy" in " ".join(spec["title"]["text"]).lower()
+    assert {"0.5", "0.8"} <= set(re.findall(r"[\d.]+\d", spec["description"]))
+
+
+def test_a_description_names_the_least_and_the_largest_of_each_series(layers):
+    table = layers.assign(series=[f"s{number}" for number in range(len(layers))])
+    told = charts.by_layer(table, "accuracy", series="series", title="T").to_dict()["description"]
+    assert told.startswith("T. accuracy from s0: 0.5 (layer 0) to 0.5 (layer 0); s1: 0.6 (layer 1) to")
+    assert told.endswith("; and 2 more.")
+
+
+def test_a_line_without_intervals_has_no_band(layers):
+    marks = [
+        part["mark"]["type"]
+        for part in charts.by_layer(layers.drop(columns=["low", "high"]), "accuracy", series="series").to_dict()[
+            "layer"
+        ]
+    ]
+    assert marks == ["line", "point"]
+    with pytest.raises(InputError, match="no column lo"):
+        charts.by_layer(layers, "accuracy", series="series", low="lo")
+
+
+def test_what_a_rule_allows_is_shaded_and_labels_keep_their_colours(layers):
+    def spec(allowed: tuple[float, float]) -> dict:
+        names = ["other", "risky", "shuffled labels"]
+        return charts.intervals(layers, "accuracy", label="series", names=names, allowed=allowed).to_dict()
+
+    shade, *lines = spec((0.5, math.inf))["layer"][:-2]
+    (ends,) = (rows for rows in spec((0.5, math.inf))["datasets"].values() if "from" in rows[0])
+    assert (shade["mark"]["type"], len(lines), ends[0]["from"]) == ("rect", 1, 0.5)
+    assert ends[0]["to"] == shade["encoding"]["x"]["scale"]["domain"][1]
+    assert len(spec((-math.inf, math.inf))["layer"]) == 2
+    assert spec((0.5, 0.6))["layer"][-1]["encoding"]["color"]["scale"]["range"][1] == charts.PALETTE[1]
+
+
+def test_charts_stand_below_and_beside_one_another(layers):
+    one, other = by_layer(layers), charts.heatmap(layers, "accuracy", x="layer", y="series")
+    for both in (one & other, one | other, (one & other) | by_layer(layers.assign(accuracy=0.1))):
+        bundle = bundle_of(both)
+        assert bundle["text/plain"].startswith("Accuracy rises. Accuracy by series and layer")
+        assert bundle["text/html"].count("<table>") == bundle["text/plain"].count("ccuracy by series and layer") + (
+            bundle["text/plain"].count("Accuracy rises.")
+        )
+        assert "width" not in spec_in(bundle["text/html"])
 
 
 def test_text_and_background_colours_are_left_to_the_page(layers):
@@ -204,3 +228,22 @@ def test_a_distribution_loses_no_value_to_rounding_or_to_a_lack_of_spread():
 def test_a_distribution_of_what_is_no_number_is_refused():
     with pytest.raises(InputError, match="2 values of score are NaN or infinite"):
         histogram({"all": [0.0, float("nan"), float("inf")]})
+
+
+def test_a_saved_figure_opens_without_a_network(layers, tmp_path):
+    """All that draws it is inside; nothing is fetched."""
+    page = charts.save(by_layer(layers) & by_layer(layers), tmp_path / "figure.html").read_text(encoding="utf-8")
+    assert spec_in(page)["vconcat"]
+    assert "vegaEmbed(target, specification" in page
+    assert not re.search(r"<script[^>]* src=", page)
+    saved = json.loads(charts.save(by_layer(layers), tmp_path / "figure.json").read_text(encoding="utf-8"))
+    assert saved["description"] == "Accuracy rises."
+
+
+def test_a_figure_that_cannot_be_saved_is_refused(layers, tmp_path, monkeypatch):
+    for path, words in (("a.pptx", "must end in .html"), ("a.svg", "vl-convert-python")):
+        with pytest.raises(InputError, match=words):
+            charts.save(by_layer(layers), tmp_path / path)
+    monkeypatch.setattr("rim_core.paths.root", lambda: tmp_path)
+    with pytest.raises(InputError, match=r"cannot read .*rim.css"):
+        charts.save(by_layer(layers), tmp_path / "a.html")
