@@ -21,8 +21,8 @@ import rim_core as rim
 from benchmarks import harness
 from benchmarks.harness import relative, texts_of_length
 from benchmarks.peers import HuggingFace
-from rim_core.models.batching import encode
-from rim_core.models.packing import import_bitsandbytes, keep_packed
+from rim_core.models.loading import keep_packed
+from rim_core.texts import encode
 
 _COMMON = {"max_position_embeddings": 32768, "tie_word_embeddings": False}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -106,11 +106,11 @@ def estimate(shape: str = "qwen2.5-32b", teraflops: float = TERAFLOPS, tokens: i
 
 def build(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> rim.Model:
     """A model with random weights, its linear modules in NF4, built on the device one matrix at a time."""
+    import bitsandbytes
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    bitsandbytes = import_bitsandbytes()
     config = Qwen2Config(**SHAPES[shape])
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import rim_core as rim
 from benchmarks.harness import Row, compare, in_turns, relative, texts_of_length
 from benchmarks.peers import SITES, Peer
-from rim_core.models.batching import encode
+from rim_core.texts import encode
 
 # Single tokens of every byte-level tokenizer; the metric is the difference of their logits.
 TOWARD, AGAINST = "A", "B"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import rim_core as rim
-from rim_core.models.batching import nnsight_model
-from rim_core.models.layout import reading
+from rim_core.models.hooks import reading
+from rim_core.models.remote import nnsight_model
 
 # Components and the sites whose values replace them.
 SITES = {"heads": "head_z", "attention": "attn_out", "mlp": "mlp_out"}

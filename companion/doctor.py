@@ -10,7 +10,6 @@ from importlib import metadata
 
 from rim_core import paths
 from rim_core.errors import RimError
-from rim_core.models.packing import quiet_import
 
 _PYTHON = (3, 11)
 _NEEDED_DISK = 1.5  # GB: the wheel, the converted checkpoint, and room for activations
@@ -74,11 +73,11 @@ def _python() -> list[Check]:
 
 
 def _packages() -> list[Check]:
+    importlib.import_module("rim_core.models")  # from then on bitsandbytes keeps its advice on kernels to itself
     checks = []
     for module, distribution in _PACKAGES.items():
         try:
-            with quiet_import():
-                importlib.import_module(module)
+            importlib.import_module(module)
             checks.append(Check(distribution, True, metadata.version(distribution)))
         except Exception as error:  # a broken binary raises anything, and this is what the doctor is for
             problem = str(error).strip().splitlines()

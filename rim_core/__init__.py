@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "models.loading": "load roles Model",
+        "models.loading": "load roles",
+        "models.model": "Model",
         "models.capture": "capture Activations",
         "suites.schema": "load_suite Suite",
         "prompts": "load_prompts Prompt format_chat",
-        "texts": "find_span",
+        "models.tokens": "find_span",
+        "models.hooks": "edit",
         "tables": "tidy",
         "thoughts": "split_thought",
         "interventions.metrics": "Projection LogitDifference ProbeScore",
@@ -55,7 +57,7 @@ _MODULES = {
     path.rpartition(".")[2]: path
     for path in (
         *_PUBLIC.values(),
-        *("charts", "errors", "stats", "organisms", "sae"),
+        *("charts", "errors", "stats", "texts", "organisms", "sae"),
         *("models.checks", "models.hooks", "models.layout", "measures.writes"),
     )
 } | {

@@ -105,7 +105,7 @@ def encode(model: Any, texts: Sequence[str], new_tokens: int = 0) -> list[list[i
         InputError: no texts, one that is empty or no text, or one that is longer than the model's context.
     """
     tokenizer = tokenizer_of(model)
-    ids = [_tokenised(tokenizer, text)[0] for text in checked(texts)]
+    ids = [tokenised(tokenizer, text)[0] for text in checked(texts)]
     if empty := [number for number, row in enumerate(ids) if not row]:
         raise InputError(f"text {empty[0]} is empty: remove it")
     require_room(model, [len(row) for row in ids], new_tokens)
@@ -126,34 +126,6 @@ def continuation(model: Any, text: str, word: str) -> list[int] | None:
     """The tokens that `word` adds after `text`, or None where they merge with the text's own."""
     before, after = encode(model, [text, text + word])
     return after[len(before) :] if after[: len(before)] == before else None
-
-
-def find_span(model: Any, texts: Sequence[str], fragment: str) -> list[list[int]]:
-    """Where the last occurrence of `fragment` lies in each text: its tokens' positions from the end, ascending.
-
-    A token that holds a part of the fragment belongs to it. Tokens are those that every tool reads (see `encode`).
-
-    Args:
-        model: a `Model`, or its tokenizer.
-        texts: prompts as the model is to see them.
-        fragment: what to look for.
-
-    Raises:
-        InputError: a text without the fragment, or a tokenizer that does not tell where tokens begin.
-    """
-    tokenizer = tokenizer_of(model)
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError("spans need a fast tokenizer, which knows where each token begins in the text")
-    spans = []
-    for number, text in enumerate(checked(texts)):
-        start = text.rfind(fragment) if fragment else -1
-        if start < 0:
-            raise InputError(f"text {number} does not contain {fragment!r}")
-        offsets = _tokenised(tokenizer, text, offsets=True)[1]
-        end = start + len(fragment)
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-        spans.append([i - len(offsets) for i in inside])
-    return spans
 
 
 # The context ----------------------------------------------------------------------------------------------------------
@@ -269,7 +241,7 @@ def in_template(tokenizer: Any, text: str) -> bool:
 # Tokens ---------------------------------------------------------------------------------------------------------------
 
 
-def _tokenised(tokenizer: Any, text: str, offsets: bool = False) -> tuple[list[int], Offsets]:
+def tokenised(tokenizer: Any, text: str, offsets: bool = False) -> tuple[list[int], Offsets]:
     """Ids of a prompt's tokens and, if asked for, where each lies in the text."""
     if in_template(tokenizer, text):
         if words := getattr(text, "words", ()):

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 
 # A device type that PyTorch knows, that needs no driver, and whose gradients run on the CPU's thread.
 FIRST, SECOND = "lazy:0", "lazy:1"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rim_core as rim
 from rim_core.models.layout import SITES
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 400}
 GQA = {"num_key_value_heads": 2, "intermediate_size": 64}

@@ -22,7 +22,7 @@ from tiny import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rim_core as rim
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 
 HARMFUL, HARMLESS, LAST = "X", "Y", "?"
 SORRY, SURE = "S", "T"

@@ -9,8 +9,8 @@ from tiny import TEXTS
 import rim_core as rim
 from rim_core.errors import InputError
 from rim_core.measures import attention
-from rim_core.models.batching import find_span
 from rim_core.models.hooks import MaskEdit, editing
+from rim_core.models.tokens import find_span
 
 FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "phi3", "gpt2", "gpt_neox", "cohere2"]
 

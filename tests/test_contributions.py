@@ -15,7 +15,7 @@ from torch import nn
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError
-from rim_core.models import measuring
+from rim_core.models import capture
 from rim_core.models.hooks import Edit, editing
 from rim_core.models.layout import find_layout
 
@@ -364,7 +364,7 @@ def test_bad_directions_and_sides_get_one_line():
 def test_small_groups_change_no_number(monkeypatch):
     model = load_tiny("mistral")
     whole = rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST)
-    monkeypatch.setattr(measuring, "_HELD", 1)
+    monkeypatch.setattr(capture, "_HELD", 1)
     assert_close(rim.direct_logit_attribution(model, TEXTS, TOWARD, AGAINST).heads, whole.heads)
 
 

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from devices import Devices, spread
 from families import family_folder, load_tiny
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.models import batching, checks, placement
+from rim_core.models import batching, checks, loading
 from rim_core.models.hooks import Edit, editing
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 
 SOURCE = ["How do I bake bread now?", "Explain the tides to a child.", "Why is the sky so blue?"]
 TARGET = ["How do I bake bread why?", "Explain the tides to a bird.", "Why is the sky so green?"]
@@ -30,7 +31,7 @@ def direction(model: Model) -> torch.Tensor:
 def sites(model: Model) -> Iterator[Any]:
     names = ("resid_pre", "resid_post", "head_z", "mlp_neurons")
     for positions in ("last", "all"):
-        acts = rim.capture(model, SOURCE, names, positions)
+        acts = rim.capture(model, SOURCE, names, positions=positions)
         yield from (acts[name] for name in names)
 
 
@@ -179,30 +180,28 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *free: float) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[index(device)]), 0))
 
 
-def placed(device: str = "auto", device_map: str | None = None, quantization: str | None = None) -> dict[str, Any]:
-    source, where = (str(family_folder("llama")), None), torch.device("cuda" if device == "auto" else device)
-    return placement.settings("it", source, quantization, torch.bfloat16, device, where, device_map)
+def placed(device: str = "auto", device_map: str | None = None) -> dict[str, Any]:
+    return loading._places(device, torch.device("cuda" if device == "auto" else device), device_map)
 
 
-@pytest.fixture
-def needed() -> float:
-    """Bytes that the tiny model needs in 2-byte numbers, with room."""
-    checkpoint = placement.read_checkpoint(str(family_folder("llama")))
-    assert checkpoint is not None
-    return checkpoint.size.gigabytes("none", gpu=True) * 1e9
-
-
-def test_a_model_goes_to_several_gpus_only_where_it_must(monkeypatch: pytest.MonkeyPatch, needed: float) -> None:
-    single = {"device_map": {"": "cuda"}}
-    gpus(monkeypatch, needed * 1.1, needed * 1.1)
-    assert placed() == single
-    assert placed(device_map="auto")["device_map"] == "auto"
-    gpus(monkeypatch, needed * 0.7, needed * 0.7)
-    assert placed() == {"device_map": "auto", "max_memory": dict.fromkeys((0, 1), int(needed * 0.7 * 0.8))}
+def test_several_gpus_are_filled_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 8e9, 8e9)
+    room = {0: int(6.4e9), 1: int(6.4e9)}
+    assert placed() == {"device_map": "sequential", "max_memory": room}
+    assert placed(device_map="auto") == {"device_map": "auto", "max_memory": room}
     assert placed(device="cuda:1") == {"device_map": {"": "cuda:1"}}
-    assert placed(quantization="nf4") == single  # packed it fits one
-    gpus(monkeypatch, needed * 0.7)
-    assert placed() == single  # one GPU: what does not fit fails there, as ever
+    gpus(monkeypatch, 8e9)
+    assert placed() == {"device_map": {"": "cuda"}}  # what does not fit on the only one fails there, as ever
+
+
+@pytest.mark.parametrize("share", [3.0, 0.7, 0.4])
+def test_a_model_goes_to_several_gpus_only_where_it_must(share: float) -> None:
+    """As accelerate places it: on one GPU where that is enough, on two where it is not, with a rest where both are."""
+    hf = load_tiny("llama").hf
+    size = sum(parameter.nbytes for parameter in hf.parameters())
+    memory = dict.fromkeys((0, 1), int(share * size))
+    found = infer_auto_device_map(hf, memory, no_split_module_classes=["LlamaDecoderLayer"])
+    assert set(found.values()) == {3.0: {0}, 0.7: {0, 1}}.get(share, {1, "disk"})
 
 
 @pytest.mark.parametrize(
@@ -210,21 +209,19 @@ def test_a_model_goes_to_several_gpus_only_where_it_must(monkeypatch: pytest.Mon
     [
         ({"device_map": "balanced"}, "unknown device_map 'balanced'"),
         ({"device_map": "auto", "device": "cuda:1"}, "contradict each other"),
-        ({}, "it is too large: .* 2 GPUs .*nf4"),
     ],
 )
-def test_what_cannot_be_placed_is_told_before_loading(
-    monkeypatch: pytest.MonkeyPatch, needed: float, call: dict[str, Any], told: str
-) -> None:
-    gpus(monkeypatch, needed * 0.4, needed * 0.4)
+def test_what_cannot_be_placed_is_told_before_loading(call: dict[str, Any], told: str) -> None:
     with pytest.raises(InputError, match=told):
         placed(**call)
 
 
-def test_a_model_left_partly_on_the_cpu_is_refused() -> None:
-    loaded = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": "cpu"})
-    with pytest.raises(InputError, match=r"no place for model\.layers\.1"):
-        placement.require_all_on_gpus(loaded, "it")
+@pytest.mark.parametrize("rest", ["cpu", "disk"])
+def test_a_model_left_partly_elsewhere_is_refused(rest: str) -> None:
+    loaded = SimpleNamespace(hf_device_map={"model.layers.0": 0, "model.layers.1": rest})
+    with pytest.raises(InputError, match=r"no place for model\.layers\.1.*nf4"):
+        loading._require_all_on_gpus(loaded, "it")
+    loading._require_all_on_gpus(SimpleNamespace(hf_device_map={"": "cpu"}), "it")
 
 
 def test_working_memory_is_that_of_the_fullest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

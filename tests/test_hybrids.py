@@ -11,7 +11,7 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError
-from rim_core.models.layout import tensor_of
+from rim_core.models.hooks import tensor_of
 
 GQA = {"num_key_value_heads": 2, "intermediate_size": 64}
 MIXED = ["linear_attention", "full_attention", "linear_attention"]

@@ -10,7 +10,7 @@ from tiny import TEXTS
 import rim_core as rim
 from rim_core.errors import InputError
 from rim_core.measures import lens
-from rim_core.models import measuring
+from rim_core.models import capture
 from rim_core.models.hooks import Edit, editing
 from rim_core.models.tokens import single_tokens
 
@@ -97,7 +97,7 @@ def test_other_layers_and_positions(positions):
 def test_small_chunks_and_groups_change_no_number(monkeypatch):
     model = load_tiny("mistral")
     whole = rim.logit_lens(model, TEXTS, TOKENS, positions="all")
-    monkeypatch.setattr(measuring, "_HELD", 1)
+    monkeypatch.setattr(capture, "_HELD", 1)
     monkeypatch.setattr(lens, "_LOGITS", 1)
     alone = rim.logit_lens(model, TEXTS, TOKENS, positions="all")
     assert_close(alone.logit.nan_to_num(), whole.logit.nan_to_num())

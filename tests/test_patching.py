@@ -8,7 +8,6 @@ from plain import hooks, tensors
 import rim_core as rim
 from rim_core.errors import InputError
 from rim_core.interventions import patching, plans
-from rim_core.models import batching
 from rim_core.models.hooks import Edit, editing
 
 SOURCE = ["How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?"]
@@ -127,7 +126,7 @@ def test_all_positions_of_pairs_of_equal_length(family):
 def test_spans_of_each_pair_and_other_positions_in_the_source():
     model = load_tiny("llama")
     w = direction(model)
-    where = batching.find_span(model.tokenizer, CLEAN[2:], "the")
+    where = rim.find_span(model, CLEAN[2:], "the")
     start = where[0][0]
     found = rim.patch(
         model, SOURCE[:1], CLEAN[2:], "attention", rim.Projection(w), positions=where, source_positions=[where[0]]

@@ -17,8 +17,8 @@ from nnsight import CONFIG
 import rim_core as rim
 import rim_core.models.loading
 from rim_core.errors import InputError, RimError
-from rim_core.models import batching, remote
-from rim_core.models.loading import Model
+from rim_core.models import remote
+from rim_core.models.model import Model
 
 TEXTS = ["How do I bake bread now?", "Explain the tides to a child in two sentences.", "Why?"]
 ANSWERS = [" Use flour", " The moon", " It scatters"]
@@ -54,7 +54,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_model_that_does_not_run_there_is_told_with_those_that_do(service: str) -> None:
-    batching.require_hosted("Owner/Hosted", None)
+    remote.require_hosted("Owner/Hosted", None)
     with pytest.raises(InputError, match="owner/other is not running at NDIF now; these are: owner/hosted;"):
         rim.load("owner/other", quantization=None, remote=True)
 
@@ -75,10 +75,10 @@ def test_a_service_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_failure_there_is_one_line_without_the_key(service: str) -> None:
-    batching.require_key()
+    remote.require_key()
     with (
         pytest.raises(RimError, match=r"work on owner/hosted: no, \*\*\* is not allowed;") as told,
-        batching.remote_errors("owner/hosted"),
+        remote.remote_errors("owner/hosted"),
     ):
         raise RuntimeError(f"Traceback\n  somewhere\nno, {KEY} is not allowed")
     assert KEY not in str(told.value)
@@ -128,8 +128,8 @@ def simulate(patch: pytest.MonkeyPatch, here: Model) -> None:
     """Whatever is asked for is hosted, by a model in this process that nnsight's simulation sends traces to."""
     hosting = nnsight.TransformersModel(here.hf, tokenizer=here.tokenizer)
     patch.setattr(remote, "_MODE", "local")
-    patch.setattr(batching, "require_hosted", lambda *_: None)
-    patch.setattr(batching, "remote_model", lambda *_: hosting)
+    patch.setattr(remote, "require_hosted", lambda *_: None)
+    patch.setattr(remote, "remote_model", lambda *_: hosting)
     patch.setattr(rim_core.models.loading, "_tokenizer", lambda *_: here.tokenizer)
 
 
@@ -149,7 +149,7 @@ def same(found: Any, wanted: Any) -> None:
 def test_activations_are_those_of_the_local_capture(pair: tuple[Model, Model], positions: Any) -> None:
     here, there = pair
     names = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z", "mlp_neurons")
-    wanted, found = (rim.capture(model, TEXTS[:2], names, positions) for model in pair)
+    wanted, found = (rim.capture(model, TEXTS[:2], names, positions=positions) for model in pair)
     for site in names:
         same(found[site], wanted[site])
     assert there.n_heads == here.n_heads

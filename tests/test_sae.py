@@ -13,8 +13,9 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.models.batching import encode, pad_left
+from rim_core.models.batching import pad_left
 from rim_core.sae.autoencoder import SparseAutoencoder
+from rim_core.texts import encode
 
 D = 24
 FAST = {"n_latents": 96, "steps": 500, "batch": 128, "lr": 8e-3, "progress": False}

@@ -14,7 +14,8 @@ from tokenizers import processors
 import rim_core as rim
 from rim_core.errors import InputError
 from rim_core.models.hooks import Edit, editing
-from rim_core.texts import ChatText, continuation, encode, encode_more, find_span
+from rim_core.models.tokens import find_span
+from rim_core.texts import ChatText, continuation, encode, encode_more
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 PLAIN_TEMPLATE = (

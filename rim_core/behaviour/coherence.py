@@ -10,7 +10,7 @@ from torch import Tensor
 from rim_core.behaviour.judges import rate_of_finished
 from rim_core.errors import InputError
 from rim_core.measures.likelihood import log_likelihood
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.stats import Interval
 from rim_core.texts import checked, encode_more
 from rim_core.thoughts import asked_and_answered, split_thought

@@ -17,7 +17,7 @@ from rim_core.behaviour.judges import is_refusal as is_refusal
 from rim_core.checking import whole
 from rim_core.errors import InputError
 from rim_core.models.batching import free_on_gpus, pad_left, run_batches, token_budget
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.prompts import Prompt
 from rim_core.stats import Interval, mcnemar, paired_difference, proportion
 from rim_core.texts import checked, encode

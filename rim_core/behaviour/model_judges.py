@@ -9,8 +9,8 @@ from torch import Tensor
 from rim_core.behaviour.judges import HARMFUL, Finding, Question, check_template, exchanges, fill, of_finished
 from rim_core.errors import InputError
 from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.loading import Model
-from rim_core.models.packing import import_bitsandbytes, keep_packed
+from rim_core.models.loading import keep_packed
+from rim_core.models.model import Model
 from rim_core.prompts import Prompt, format_chat
 from rim_core.texts import ChatText, checked, continuation, encode
 
@@ -83,7 +83,6 @@ def _load_classifier(source: str, device: str) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    import_bitsandbytes()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         hf, info = AutoModelForSequenceClassification.from_pretrained(

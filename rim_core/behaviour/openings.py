@@ -10,7 +10,7 @@ from rim_core.models.first_tokens import HELPFUL_OPENINGS as HELPFUL_OPENINGS
 from rim_core.models.first_tokens import REFUSAL_OPENINGS as REFUSAL_OPENINGS
 from rim_core.models.first_tokens import log_odds, refusal_tokens
 from rim_core.models.first_tokens import opening_tokens as opening_tokens
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.texts import checked, encode
 
 

@@ -18,10 +18,9 @@ from transformers import DynamicCache
 
 from rim_core.errors import InputError
 from rim_core.interventions.metrics import Bound
-from rim_core.models.beginnings import padded_left
-from rim_core.models.hooks import Frame, additive_mask
-from rim_core.models.layout import pick, reading, tensor_of
-from rim_core.models.loading import Model
+from rim_core.models.batching import padded_left
+from rim_core.models.hooks import Frame, additive_mask, pick, reading, tensor_of
+from rim_core.models.model import Model
 
 Columns = slice | Tensor
 # The arguments of a decoder layer that hold something for each token, and the axis of the tokens.
@@ -94,7 +93,7 @@ def run_clean(
             handles.append(
                 model.layout.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True, prepend=True)
             )
-        with reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final:
+        with reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), layers=[metric.layer]) as final:
             model.layout.body(**inputs)
     finally:
         for handle in handles:
@@ -264,7 +263,7 @@ def run_patched(
             for layer in {layer for run in runs[:reach] for layer, _ in run.writes}:
                 handles.append(rows.hook(layer))
         keep = lambda t: t.unflatten(1, (-1, clean.tail))[:, :, -1].clone()  # noqa: E731
-        with reading(model.layout, [metric.site], keep, [metric.layer]) as final:
+        with reading(model.layout, [metric.site], keep, layers=[metric.layer]) as final:
             for layer in range(joins[0], metric.layer + 1):
                 joining = joins[:reach].count(layer)
                 if joining:

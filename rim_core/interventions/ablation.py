@@ -14,9 +14,8 @@ from rim_core.checking import listed, number, shown, whole, whole_numbers
 from rim_core.errors import InputError
 from rim_core.models.batching import pad_left, run_batches, token_budget
 from rim_core.models.capture import Activations, capture
-from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest
-from rim_core.models.layout import pick, reading
-from rim_core.models.loading import Model
+from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest, pick, reading
+from rim_core.models.model import Model
 from rim_core.texts import checked, encode
 
 MODES = ("zero", "mean", "resample", "scale")
@@ -182,7 +181,7 @@ def _text_means(
         def total(values: Tensor) -> Tensor:
             return pick(values, real).sum(0, dtype=torch.float64)
 
-        with reading(model.layout, sites, total, layers) as found:
+        with reading(model.layout, sites, total, layers=layers) as found:
             model.layout.body(**inputs, use_cache=False)
         return found
 

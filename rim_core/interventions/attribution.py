@@ -22,9 +22,8 @@ from rim_core.interventions.patching import Patched, check_scores, patch
 from rim_core.interventions.plans import Plan, Positions, Unit, make_plan, read_source, rectangle
 from rim_core.models.batching import pad_left, run_batches, token_budget
 from rim_core.models.capture import Activations
-from rim_core.models.hooks import Edit, editing
-from rim_core.models.layout import pick
-from rim_core.models.loading import Model
+from rim_core.models.hooks import Edit, editing, pick
+from rim_core.models.model import Model
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rim_core.errors import InputError
 from rim_core.models.layout import SITES
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.models.tokens import Tokens, two_sides
 
 

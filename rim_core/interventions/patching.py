@@ -20,7 +20,7 @@ from rim_core.interventions.metrics import Metric
 from rim_core.interventions.plans import Plan, Positions, Unit, make_plan, members, read_source, rectangle
 from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.capture import Activations
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.tables import mean_frame
 
 if TYPE_CHECKING:

@@ -11,11 +11,10 @@ from rim_core.checking import is_whole, listed, shown, whole_numbers
 from rim_core.errors import InputError
 from rim_core.interventions._rows import Run
 from rim_core.interventions.metrics import Bound, Metric, bind
-from rim_core.models.batching import shared_beginning
-from rim_core.models.beginnings import outgrows_window, padded_left
+from rim_core.models.batching import outgrows_window, padded_left, shared_beginning
 from rim_core.models.capture import Activations
-from rim_core.models.layout import pick, reading
-from rim_core.models.loading import Model
+from rim_core.models.hooks import pick, reading
+from rim_core.models.model import Model
 from rim_core.texts import encode
 
 # What each component's name means: the site that is written.
@@ -237,8 +236,8 @@ def read_source(model: Model, plan: Plan, rows: list[int]) -> tuple[dict[int, Te
     each = torch.arange(len(rows), device=model.device)[:, None]
     metric = plan.metric
     with (
-        reading(model.layout, [plan.site], lambda t: pick(t, each, at), wanted) as found,
-        reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final,
+        reading(model.layout, [plan.site], lambda t: pick(t, each, at), layers=wanted) as found,
+        reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), layers=[metric.layer]) as final,
     ):
         model.layout.body(**inputs)
     values = {layer: found[plan.site, layer] for layer in wanted}

@@ -13,7 +13,7 @@ from torch import Tensor
 from rim_core.checking import is_whole, number, whole, whole_numbers
 from rim_core.errors import InputError
 from rim_core.models.hooks import by_layer, edit_at, editing
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 
 _SITES = ("resid_post", "resid_pre")
 

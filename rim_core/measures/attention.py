@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.tables import mean_frame
 from rim_core.texts import encode
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from rim_core.errors import IdentityError
 from rim_core.measures.unembedding import final_norm, norm_scale, unembedding_direction
 from rim_core.measures.writes import added, held, way
-from rim_core.models.capture import Activations
-from rim_core.models.checks import TOLERANCES
+from rim_core.models.batching import Positions
+from rim_core.models.capture import Activations, drawn, measure
+from rim_core.models.checks import tolerance
 from rim_core.models.hooks import by_layer
 from rim_core.models.layout import pull_back
-from rim_core.models.loading import Model
-from rim_core.models.measuring import Positions, measure, one_of
+from rim_core.models.model import Model
 from rim_core.models.tokens import Tokens, two_sides
 from rim_core.tables import mean_frame
 
@@ -145,7 +145,7 @@ class HeadContributions:
         Raises:
             InputError: a position that this result does not hold.
         """
-        where = one_of(self.positions, position, "HeadContributions.plot")
+        where = drawn(self.positions, position, "HeadContributions.plot")
         return _head_map(
             self.to_frame(),
             where,
@@ -219,7 +219,7 @@ def direct_logit_attribution(model: Model, texts: Sequence[str], toward: Tokens,
     terms = torch.cat([values.reshape(len(values), -1) for values in found.values()], dim=1)
     residual = difference - terms.sum(dim=1) - constant
     error = float((residual.abs() / (terms.abs().sum(dim=1) + abs(constant))).max())
-    if not error <= TOLERANCES[model.dtype]:
+    if not error <= tolerance(model.dtype):
         raise IdentityError(
             f"{tool} cannot be trusted on {model.name} here: the terms miss the logit difference by {error:.1e} of "
             "their size; if an edit of the residual stream is active, leave its context"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from rim_core.errors import InputError
 from rim_core.measures.gradient_statistics import GradientCosines, compare, labelled
 from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.hooks import Frame
-from rim_core.models.layout import Layout, in_features, pick, reading
-from rim_core.models.loading import Model
+from rim_core.models.hooks import Frame, pick, reading
+from rim_core.models.layout import Layout, in_features
+from rim_core.models.model import Model
 from rim_core.stats import Floats
 from rim_core.texts import encode, encode_more, require_room
 
@@ -183,7 +183,10 @@ def _pass(
         scored &= positions[:, 1:] >= 0
     before, model.frame = model.frame, Frame(positions, positions)
     try:
-        with _leaf_at(module) as held, reading(layout, ("resid_post",), lambda tensor: tensor.clone(), [last]) as found:
+        with (
+            _leaf_at(module) as held,
+            reading(layout, ("resid_post",), lambda tensor: tensor.clone(), layers=[last]) as found,
+        ):
             layout.body(**inputs, use_cache=False)
             states = pick(found["resid_post", last][:, :-1], scored)
             gradient = _loss_gradient(layout, states.detach(), inputs["input_ids"][:, 1:][scored])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import InputError
-from rim_core.models.capture import Activations
-from rim_core.models.loading import Model
-from rim_core.models.measuring import Positions, measure, one_of
+from rim_core.models.batching import Positions
+from rim_core.models.capture import Activations, drawn, measure
+from rim_core.models.model import Model
 from rim_core.models.tokens import Tokens, single_tokens
 from rim_core.tables import mean_frame
 
@@ -70,7 +70,7 @@ class LogitLens:
 
         if measure not in MEASURES:
             raise InputError(f"LogitLens.plot: no measure {measure!r}; use one of {', '.join(MEASURES)}")
-        where = one_of(self.positions, position, "LogitLens.plot")
+        where = drawn(self.positions, position, "LogitLens.plot")
         frame = self.to_frame().query("measure == @measure and position == @where")
         last = frame[frame["layer"] == max(self.layers)]
         ends = "; ".join(f"{token} {mean:.3g}" for token, mean in zip(last["token"], last["mean"], strict=True))

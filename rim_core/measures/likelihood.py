@@ -17,9 +17,8 @@ from rim_core import stats
 from rim_core.errors import InputError
 from rim_core.models import remote
 from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.hooks import Frame
-from rim_core.models.layout import reading
-from rim_core.models.loading import Model
+from rim_core.models.hooks import Frame, reading
+from rim_core.models.model import Model
 from rim_core.stats import Floats, Groups, Interval, Ints
 from rim_core.texts import checked, encode, encode_more, require_room
 
@@ -253,7 +252,7 @@ def _states(model: Model, ids: list[list[int]], lengths: list[int]) -> tuple[Ten
 
     before, model.frame = model.frame, Frame(positions, positions)
     try:
-        with reading(layout, ("resid_post",), keep, [last]) as found:
+        with reading(layout, ("resid_post",), keep, layers=[last]) as found:
             layout.body(**inputs, use_cache=False)
     finally:
         model.frame = before

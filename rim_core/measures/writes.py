@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rim_core.measures.unembedding import held_scale
 from rim_core.models.layout import head_outputs
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.models.norms import Norm, parts
 
 

@@ -1,27 +1,61 @@
-"""Running a model on texts: left-padded batches with explicit positions, and nnsight's tracer for free-form work.
+"""Texts in batches: padded with explicit positions, cut to what fits in memory, on a beginning that they share.
 
-This is the only module that imports nnsight. The measured paths of `rim_core` use plain PyTorch hooks (see
-`sites.reading`), which cost next to nothing; `trace` gives the same sites by nnsight's paths for exploration.
+`checks` measures on each model whether a shared beginning, laid under a batch as the model's cache, gives each prompt's
+own numbers (identity `cache_batch`): a cache that holds more than keys and values, such as the state of a
+linear-attention or state-space layer, may not be laid so.
 """
 
-import contextlib
 import gc
-import io
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from rim_core.errors import InputError, RimError
-from rim_core.models.layout import Layout
-from rim_core.texts import encode as encode
-from rim_core.texts import find_span as find_span
+from rim_core.checking import is_whole, listed, shown, whole_numbers
+from rim_core.errors import InputError
 
+if TYPE_CHECKING:
+    from rim_core.models.layout import Layout
+
+Positions = str | int | Sequence[int]
 T = TypeVar("T")
+
+
+def positions(
+    given: Positions | Sequence[Sequence[int]], lengths: Sequence[int], what: str = "positions"
+) -> list[list[int]]:
+    """The positions meant in each text of so many tokens, counted from its end.
+
+    Args:
+        given: `"last"`, `"all"`, one or several whole numbers below 0, or a list of these for each text.
+        lengths: each text's tokens.
+        what: the argument's name, for messages.
+
+    Raises:
+        InputError: anything else, or a position that a text does not have.
+    """
+    if isinstance(given, str):
+        if given not in ("last", "all"):
+            raise InputError(f"unknown {what} {shown(given)}: 'last', 'all', or whole numbers below 0")
+        return [[-1] if given == "last" else list(range(-length, 0)) for length in lengths]
+    rows = [given] if is_whole(given) else listed(given, what)
+    if not rows or is_whole(rows[0]):
+        found = [whole_numbers(rows, what)] * len(lengths)
+    elif len(rows) == len(lengths):
+        found = [whole_numbers(row, f"{what}, text {text}") for text, row in enumerate(rows)]
+    else:
+        raise InputError(f"{what}: {len(rows)} lists for {len(lengths)} texts; give one for each")
+    for text, (row, length) in enumerate(zip(found, lengths, strict=True)):
+        if wrong := [position for position in row if not -length <= position < 0]:
+            raise InputError(
+                f"{what}: position {wrong[0]} is out of range: text {text} has {length} tokens; count from its end, "
+                f"-1 to -{length}"
+            )
+    return found
 
 
 def pad_left(ids: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dict[str, Tensor]:
@@ -64,6 +98,55 @@ def shared_beginning(ids: Sequence[Sequence[int]], keep: int) -> int:
     return length if length >= _WORTH_SHARING else 0
 
 
+def _laid(body: nn.Module, beginning: Sequence[int], copies: int, device: Any) -> Any:
+    start = torch.tensor([beginning], device=device)
+    cache = body(input_ids=start, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(copies)
+    return cache
+
+
+def padded_right(
+    body: nn.Module, beginning: Sequence[int], batch: Sequence[Sequence[int]], pad: int, device: Any
+) -> tuple[dict[str, Any], Tensor]:
+    """The body's inputs for the rest of each prompt on top of `beginning`, and where each prompt ends, on the CPU.
+
+    Padded on the right no gap comes after the beginning, so sliding windows see the distances of a prompt alone.
+    """
+    past = _laid(body, beginning, len(batch), device)
+    tokens, real = pad_right(batch, pad)
+    shared, width = len(beginning), tokens.shape[1]
+    mask = torch.cat([torch.ones(len(batch), shared, dtype=torch.bool), real], dim=1).long()
+    inputs = {
+        "input_ids": tokens.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": torch.arange(shared, shared + width, device=device).expand(len(batch), -1),
+        "past_key_values": past,
+        "use_cache": True,
+    }
+    return inputs, real.sum(dim=1)  # on the CPU: indices there fit activations on any device
+
+
+def outgrows_window(config: Any, longest: int) -> bool:
+    """Whether a prompt of `longest` tokens is longer than a sliding window of the model.
+
+    Padding between the shared beginning and the rest of a prompt then counts as distance: on the left, share none.
+    """
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    return bool(window and window < longest)
+
+
+def padded_left(body: nn.Module, ids: Sequence[Sequence[int]], shared: int, pad: int, device: Any) -> dict[str, Any]:
+    """Left-padded inputs of the body with a cache, which holds the `shared` tokens that all prompts begin with."""
+    inputs: dict[str, Any] = pad_left([row[shared:] for row in ids], pad, device)
+    cache = DynamicCache()
+    if shared:
+        cache = _laid(body, ids[0][:shared], len(ids), device)
+        inputs["position_ids"] = inputs["position_ids"] + shared
+        seen = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.cat([seen.new_ones(len(ids), shared), seen], dim=1)
+    return {**inputs, "past_key_values": cache, "use_cache": True}
+
+
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices of texts in batches of at most `max_tokens` padded tokens (at least one text), neighbours in length."""
     batch: list[int] = []
@@ -91,7 +174,7 @@ def run_batches(
         try:
             result = run(rows)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(rows) == 1:
                 raise InputError(
@@ -107,22 +190,34 @@ def run_batches(
         waiting = [half for group in [*waiting, rows] for half in _halves(group)]
 
 
+def by_rows(ids: Sequence[Sequence[int]], run: Callable[[list[int]], Tensor], budget: int) -> Tensor:
+    """`run(rows)` `[row, ...]` of every text, in batches of at most `budget` padded tokens, put together by text."""
+    result: Tensor | None = None
+    for rows, values in run_batches([len(row) for row in ids], budget, run):
+        if result is None:
+            result = values.new_empty(len(ids), *values.shape[1:])
+        result[rows] = values
+    assert result is not None, "no texts"
+    return result
+
+
 def _halves(rows: list[int]) -> list[list[int]]:
     middle = len(rows) // 2
     return [half for half in (rows[middle:], rows[:middle]) if half]
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
-def free_on_gpus(layout: Layout) -> int:
+def free_on_gpus(layout: "Layout") -> int:
     """Bytes free on the fullest of the CUDA devices that hold the layers."""
     devices = {parameter.device for layer in layout.layers for parameter in itertools.islice(layer.parameters(), 1)}
     return min(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
 
 
-def token_budget(layout: Layout, device: torch.device) -> int:
+def token_budget(layout: "Layout", device: torch.device) -> int:
     """Padded tokens that one pass may hold: working memory of at most 1 GB, and at most half of what is free."""
     if device.type == "cuda":
         free, ceiling = free_on_gpus(layout), 32768
@@ -132,80 +227,3 @@ def token_budget(layout: Layout, device: torch.device) -> int:
     values = 8 * layout.d_model + 4 * (layout.d_mlp or 4 * layout.d_model) + 4 * width
     cached = 2 * len(layout.layers) * layout.n_kv_heads * layout.head_dim
     return max(256, min(ceiling, int(min(1e9, free / 2) / (4 * (values + cached)))))
-
-
-def nnsight_model(hf: Any, tokenizer: Any) -> Any:
-    """The model wrapped by nnsight; its trace gives the Hugging Face forward bit for bit."""
-    from nnsight import TransformersModel
-
-    return TransformersModel(hf, tokenizer=tokenizer)
-
-
-def remote_model(repository: str, revision: str | None, tokenizer: Any) -> Any:
-    """A model hosted at NDIF under nnsight: its modules without weights, by which traces name what they read.
-
-    Raises:
-        InputError: its configuration cannot be read, or is of no causal language model.
-    """
-    from nnsight import TransformersModel
-
-    try:
-        return TransformersModel(repository, revision=revision, task="text-generation", tokenizer=tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot read the configuration of {repository}: {_one_line(error)}") from None
-
-
-def require_key() -> None:
-    """Refuse to go to NDIF without a key; the key is read where the user put it, and kept nowhere else.
-
-    Raises:
-        InputError: there is none.
-    """
-    from nnsight import CONFIG
-
-    # Read from the environment by nnsight only when it is imported.
-    CONFIG.API.APIKEY = os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY
-    CONFIG.APP.REMOTE_LOGGING = False
-    if not CONFIG.API.APIKEY:
-        raise InputError("NDIF wants a key: set NDIF_API_KEY, or give yours once to `nnsight login`")
-
-
-def require_hosted(repository: str, revision: str | None) -> None:
-    """Refuse a model that is not running at NDIF.
-
-    Raises:
-        InputError: no key, or the model is not there now.
-        RimError: the service cannot be reached.
-    """
-    require_key()
-    from nnsight import CONFIG, ndif
-
-    with contextlib.redirect_stderr(io.StringIO()):  # nnsight prints what is told below
-        deployed = ndif.status(raw=True).get("deployments")
-    if deployed is None:
-        raise RimError(f"NDIF cannot be reached at {CONFIG.API.HOST}: check the network, or try again later")
-    running = [one for one in deployed.values() if one.get("application_state") == "RUNNING"]
-    wanted = (repository.lower(), revision or "main")
-    if not any((one["repo_id"].lower(), one.get("revision") or "main") == wanted for one in running):
-        names = ", ".join(sorted({one["repo_id"] for one in running})) or "none"
-        raise InputError(
-            f"{repository} is not running at NDIF now; these are: {names}; choose one, or load the model without remote"
-        )
-
-
-@contextlib.contextmanager
-def remote_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong in a trace at NDIF, as one line without the key."""
-    from nnsight import CONFIG
-
-    try:
-        yield
-    except Exception as error:
-        told = _one_line(error).replace(CONFIG.API.APIKEY or "\0", "***")
-        raise RimError(f"NDIF did not do the work on {name}: {told}; try again, or see its status page") from None
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A traceback from there ends with what happened.
-    return lines[-1][:300] if lines else type(error).__name__

@@ -17,33 +17,46 @@ Errors are largest differences over the largest value compared, so they do not d
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from rim_core.errors import IdentityError, first_line
-from rim_core.models.batching import pad_left
-from rim_core.models.beginnings import outgrows_window, padded_left, padded_right
-from rim_core.models.layout import Layout, head_outputs, reading
+from rim_core.models.batching import outgrows_window, pad_left, padded_left, padded_right
+from rim_core.models.hooks import reading
+from rim_core.models.layout import Layout, head_outputs
 from rim_core.texts import encode, window
 
 # Two prompts of unequal length, so that the shorter one is padded.
 PROBE_TEXTS = ("The capital of France is the city of", "Water boils at a lower temperature on a high mountain because")
 
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 # Tokens that are fed one by one: enough for a state to be read, written, and read again.
 _STEPS = 2
-# LLM.int8 rounds activations too, and which columns it spares depends on the whole batch.
-INT8_TOLERANCE = 5e-2
+
+
+def tolerance(dtype: torch.dtype, quantization: str | None = None) -> float:
+    """The largest relative error that is rounding in these numbers."""
+    if quantization == "int8":
+        return 5e-2  # LLM.int8 rounds activations too, and which columns it spares depends on the whole batch
+    return {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}[dtype]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One identity: its measured relative error, and whether that is within the tolerance of the dtype.
+    """One identity, as it was measured.
 
-    `reason` says why it could not be measured, where the error is infinite.
+    Attributes:
+        identity: its name.
+        error: the largest difference over the largest value; infinite where it could not be measured.
+        tolerance: the largest error that is rounding in the model's dtype.
+        reason: why it could not be measured.
+
+    Example:
+        >>> rim.checks.Check("lens", error=2e-7, tolerance=1e-3).holds
+        True
     """
 
     identity: str
@@ -55,6 +68,35 @@ class Check:
     def holds(self) -> bool:
         """Whether the error is a number within the tolerance."""
         return self.error <= self.tolerance
+
+
+class Checks(dict[str, Check]):
+    """Each identity's check, by name; drawn as a table in a notebook, and a line in text."""
+
+    @classmethod
+    def of(cls, errors: Mapping[str, float], tolerance: float, reasons: Mapping[str, str] | None = None) -> "Checks":
+        """The checks of measured errors."""
+        told = reasons or {}
+        return cls({name: Check(name, error, tolerance, told.get(name, "")) for name, error in errors.items()})
+
+    def to_frame(self) -> pd.DataFrame:
+        """Give a row for each identity: identity, error, tolerance, holds, reason."""
+        return pd.DataFrame([{**asdict(check), "holds": check.holds} for check in self.values()])
+
+    def __repr__(self) -> str:
+        told = (f"{name} {check.error:.0e}{'' if check.holds else ' fails'}" for name, check in self.items())
+        return f"Checks({', '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        shown = pd.DataFrame(
+            {
+                "identity": list(self),
+                "measured error": [f"{check.error:.1e}" for check in self.values()],
+                "tolerance": [f"{check.tolerance:.0e}" for check in self.values()],
+                "holds": ["yes" if check.holds else f"no {check.reason}".strip() for check in self.values()],
+            }
+        )
+        return shown.to_html(index=False, border=0)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -77,7 +119,7 @@ def measure(
     dtype: torch.dtype,
     quantization: str | None = None,
     known: Mapping[str, Check] | None = None,
-) -> dict[str, Check]:
+) -> Checks:
     """Measure every identity on two short prompts; takes some ten forward passes of a few tokens.
 
     `known` are the identities of the same model without its adapter: those with a cache are taken from there, since
@@ -90,37 +132,28 @@ def measure(
     with reading(layout, sites, lambda tensor: tensor.detach().clone()) as found:
         logits = hf(**pad_left([short], pad, device), use_cache=False).logits
     both = hf(**pad_left(ids, pad, device), use_cache=False).logits
-    padded = both[ids.index(short), -len(short) :]
-
-    n_layers = len(layout.layers)
-    residual = 0.0
-    for i in range(n_layers):
+    residual = heads = 0.0
+    for i in range(len(layout.layers)):
         attention, mlp = (layout.added(site, i, found[site, i]) for site in ("attn_out", "mlp_out"))
-        error = residual_error(found["resid_pre", i], attention, mlp, found["resid_post", i])
-        residual = max(residual, error)
-    heads = 0.0
-    for i in range(n_layers):
+        residual = max(residual, residual_error(found["resid_pre", i], attention, mlp, found["resid_post", i]))
         z = found["head_z", i].unflatten(-1, (layout.n_heads, layout.head_dim))
         total = head_outputs(layout, i, z).sum(-2) + layout.attention_out[i](torch.zeros_like(found["head_z", i]))
         heads = max(heads, relative(total, found["attn_out", i]))
-    lens = layout.readout(found["resid_post", n_layers - 1])
     errors = {
         "residual_sum": residual,
-        "lens": relative(lens, logits),
+        "lens": relative(layout.readout(found["resid_post", len(layout.layers) - 1]), logits),
         "head_sum": heads,
-        "padding": relative(padded, logits[0]),
+        "padding": relative(both[ids.index(short), -len(short) :], logits[0]),
     }
-    tolerance = INT8_TOLERANCE if quantization == "int8" else TOLERANCES[dtype]
-    measured = {name: Check(name, error, tolerance) for name, error in errors.items()}
+    allowed = tolerance(dtype, quantization)
     if known is not None:
-        return {**known, **measured}
+        return Checks({**known, **Checks.of(errors, allowed)})
     # The longer prompt fills its row; the shorter one is compared with itself alone.
     alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
-    attempts = {
-        "cache": _attempt(lambda: _decoding_error(hf, ids, alone, pad, device)),
-        "cache_batch": _attempt(lambda: _beginning_error(layout, ids, pad, device)),
-    }
-    return measured | {name: Check(name, error, tolerance, reason) for name, (error, reason) in attempts.items()}
+    reasons = {}
+    errors["cache"], reasons["cache"] = _attempt(lambda: _decoding_error(hf, ids, alone, pad, device))
+    errors["cache_batch"], reasons["cache_batch"] = _attempt(lambda: _beginning_error(layout, ids, pad, device))
+    return Checks.of(errors, allowed, reasons)
 
 
 def _attempt(measured: Callable[[], float]) -> tuple[float, str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rim_core.checking import listed
 from rim_core.errors import InputError
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.models.tokens import checked_id
 from rim_core.texts import continuation
 

@@ -1,30 +1,116 @@
-"""Edits of activations while a model runs: the one mechanism under ablation, steering and splicing.
+"""Reading and editing activations while a model runs, by hooks that are gone when their context is left.
 
-An edit holds for every forward pass inside its context, whoever starts it: capture, patching, generation, or a
-plain call of the Hugging Face model. It is told which token each slot of the pass holds, so that an edit of
-"the last prompt token" means the same in a padded batch, in a decoding step, and in a patched run.
+`reading` is the one mechanism under capture and patching; `editing` the one under ablation, steering and splicing, and
+`edit` its short form for a function of one's own. An edit holds for every forward pass inside its context, whoever
+starts it: capture, patching, generation, or a plain call of the Hugging Face model. It is told which token each slot of
+the pass holds, so that an edit of "the last prompt token" means the same in a padded batch, in a decoding step, and in
+a patched run.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rim_core.checking import shown, whole_numbers
-from rim_core.errors import InputError
-from rim_core.models.layout import SITES, tensor_of
-from rim_core.models.loading import Model
+from rim_core.errors import InputError, first_line
+from rim_core.models.batching import Positions, out_of_memory
+
+if TYPE_CHECKING:
+    from rim_core.models.layout import Layout
+    from rim_core.models.model import Model
+
+
+def tensor_of(value: Any) -> Tensor:
+    """The tensor in a module's output, which some families wrap in a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def pick(tensor: Tensor, *indices: Tensor) -> Tensor:
+    """`tensor[indices]`, a copy, wherever the indices are: layers may be on several devices."""
+    return tensor[tuple(index.to(tensor.device) for index in indices)]
+
+
+def hook(point: tuple[nn.Module, bool], change: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register a hook at a point (see `Layout.point`); give the handle that removes it.
+
+    Args:
+        point: a module, and whether its input is meant or its output.
+        change: what is called with the tensor there; it gives the new one, or None to leave it.
+    """
+
+    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = change(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        new = change(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
+
+    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = change(tensor_of(output))
+        return (new, *output[1:]) if new is not None and isinstance(output, tuple) else new
+
+    module, inside = point
+    if inside:
+        return module.register_forward_pre_hook(on_input, with_kwargs=True)
+    return module.register_forward_hook(on_output)
+
+
+@contextlib.contextmanager
+def removing(handles: list[Any]) -> Iterator[list[Any]]:
+    """Afterwards the hooks of these handles, and of those that were added to the list, are gone."""
+    try:
+        yield handles
+    finally:
+        while handles:
+            handles.pop().remove()
+
+
+@contextlib.contextmanager
+def reading(
+    layout: "Layout", sites: Sequence[str], keep: Callable[[Tensor], Tensor], layers: Sequence[int] | None = None
+) -> Iterator[dict[tuple[str, int], Tensor]]:
+    """Within the context each forward leaves `keep(tensor)` of every site and layer in the yielded dictionary.
+
+    `keep` must copy (select and clone): some families add to a module's output in place afterwards. Heads come
+    flat, `[..., n_heads * head_dim]`. The hooks are gone when the context is left, however it is left.
+
+    Example:
+        >>> with rim.editing.reading(model.layout, ["resid_post"], lambda x: x[:, -1].clone(), [0, 1]) as found:
+        ...     _ = model.hf(**model.tokenizer(texts[:1], return_tensors="pt"))
+        >>> list(found[("resid_post", 1)].shape) == [1, model.d_model]
+        True
+    """
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def keeping(site: str, layer: int) -> Callable[[Tensor], None]:
+        def change(tensor: Tensor) -> None:
+            found[site, layer] = keep(tensor)
+
+        return change
+
+    with removing([]) as handles:
+        for site in sites:
+            for layer in range(len(layout.layers)) if layers is None else layers:
+                handles.append(hook(layout.point(site, layer), keeping(site, layer)))
+        yield found
 
 
 @dataclass(frozen=True)
 class Frame:
     """Which token each slot of a forward pass holds, counted from the prompt's end.
 
-    -1 is the prompt's last token, 0, 1, ... are generated tokens. `queries` is `[batch, slot]`, `keys`
-    `[batch, key]`: what the slots can attend to, cached tokens first.
+    -1 is the prompt's last token, 0, 1, ... are generated tokens.
+
+    Attributes:
+        queries: `[batch, slot]`.
+        keys: `[batch, key]`: what the slots can attend to, cached tokens first.
     """
 
     queries: Tensor
@@ -37,11 +123,20 @@ class Frame:
 
 @dataclass(frozen=True)
 class Edit:
-    """One site of one layer: `apply(values, positions)` gives the new values `[batch, slot, width]`.
+    """One site of one layer, and what is put there.
 
-    `positions` is `Frame.queries`. Heads come flat, `[..., n_heads * head_dim]`. `apply` must not change its
-    input in place. `positional`: whether `apply` looks at the positions. `lowest`: the position that every text must be
-    long enough for, 0 for none.
+    Attributes:
+        site: a name from `sites.SITES`.
+        layer: counted from 0.
+        apply: `apply(values, positions)` gives the new values `[batch, slot, width]`; `positions` is `Frame.queries`.
+            Heads come flat, `[..., n_heads * head_dim]`. It must not change its input in place.
+        positional: whether `apply` looks at the positions.
+        lowest: the position that every text must be long enough for, 0 for none.
+
+    Example:
+        >>> halve = rim.editing.Edit("resid_post", 1, lambda values, positions: 0.5 * values)
+        >>> with rim.editing.editing(model, halve):
+        ...     acts = rim.capture(model, texts, "resid_post")
     """
 
     site: str
@@ -53,10 +148,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class MaskEdit:
-    """The attention mask of one layer: `apply(mask, frame)` gives the new additive mask.
+    """The attention mask of one layer, and what is put in its place.
 
-    The mask comes as `[batch, 1, slot, key]`, 0 where attention is allowed; the result may have a head axis. `lowest`
-    is as in `Edit`.
+    Attributes:
+        layer: counted from 0.
+        apply: `apply(mask, frame)` gives the new additive mask. The mask comes as `[batch, 1, slot, key]`, 0 where
+            attention is allowed; the result may have a head axis.
+        lowest: as in `Edit`.
     """
 
     layer: int
@@ -65,7 +163,7 @@ class MaskEdit:
     positional: bool = field(default=True, init=False)
 
 
-def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
+def at(positions: Tensor, wanted: Positions) -> Tensor:
     """Which slots are meant, bool `[batch, slot]`: "all", "last" (of the prompt), "answer", or positions from its end.
 
     "answer" is where the answer's tokens are chosen: the prompt's last token and every generated one. Generated
@@ -88,13 +186,13 @@ def at(positions: Tensor, wanted: str | int | Sequence[int]) -> Tensor:
     return torch.isin(positions, torch.tensor(chosen, device=positions.device))
 
 
-def lowest(*wanted: str | int | Sequence[int]) -> int:
+def lowest(*wanted: Positions) -> int:
     """The lowest position that is named by its number, 0 where none is (see `at`)."""
     numbers = [n for one in wanted if not isinstance(one, str) for n in whole_numbers(one, "positions")]
     return min(numbers, default=0)
 
 
-def edit_at(positions: str | int | Sequence[int], site: str, layer: int, change: Callable[[Tensor], Tensor]) -> Edit:
+def edit_at(positions: Positions, site: str, layer: int, change: Callable[[Tensor], Tensor]) -> Edit:
     """An edit that puts `change(values)` at the chosen positions (see `at`) and leaves the others as they are."""
     if isinstance(positions, str) and positions == "all":
         return Edit(site, layer, lambda values, _: change(values))
@@ -106,7 +204,7 @@ def edit_at(positions: str | int | Sequence[int], site: str, layer: int, change:
     return Edit(site, layer, apply, positional=True, lowest=lowest(positions))
 
 
-def by_layer(model: Model, direction: Any) -> Tensor:
+def by_layer(model: "Model", direction: Any) -> Tensor:
     """A direction `[d_model]`, or one a layer `[layer, d_model]`, as float32 `[layer, d_model]` where the model is.
 
     Raises:
@@ -165,7 +263,7 @@ class _Tracker:
 class _Hooks:
     """The hooks of some edits, which can be taken off the model's modules and put on those that it has by then."""
 
-    def __init__(self, model: Model, edits: Sequence[Edit | MaskEdit]) -> None:
+    def __init__(self, model: "Model", edits: Sequence[Edit | MaskEdit]) -> None:
         self.model, self.edits = model, edits
         self._tracker = _Tracker(min((edit.lowest for edit in edits), default=0))
         self._handles: list[Any] = []
@@ -176,79 +274,154 @@ class _Hooks:
         return found
 
     def put(self) -> None:
-        layout = self.model.layout
-        inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out}
-        outputs = {"resid_post": layout.layers, "attn_out": layout.attention, "mlp_out": layout.mlp}
-        handles = self._handles
+        layout, handles = self.model.layout, self._handles
         handles.append(layout.body.register_forward_pre_hook(self._tracker, with_kwargs=True))
         for edit in self.edits:
             if isinstance(edit, MaskEdit):
-                hook = _mask_hook(edit, self._frame)
-                handles.append(layout.attention[edit.layer].register_forward_pre_hook(hook, with_kwargs=True))
-            elif edit.site == "mlp_neurons" or edit.site in inputs:
-                neurons = edit.site == "mlp_neurons"
-                module = layout.down_projection(edit.layer) if neurons else inputs[edit.site][edit.layer]
-                hook = _input_hook(edit, self._frame)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                masked = _mask_hook(edit, self._frame)
+                handles.append(layout.attention[edit.layer].register_forward_pre_hook(masked, with_kwargs=True))
             else:
-                module = outputs[edit.site][edit.layer]
-                handles.append(module.register_forward_hook(_output_hook(edit, self._frame)))
+                handles.append(hook(layout.point(edit.site, edit.layer), partial(self._edited, edit)))
+
+    def _edited(self, edit: Edit, values: Tensor) -> Tensor:
+        slots = self._frame().on(values.device).queries
+        return _called(lambda x: edit.apply(x, slots), values, f"the edit at {edit.site}, layer {edit.layer}")
 
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
 
+def _called(function: Callable[[Tensor], Any], x: Tensor, where: str) -> Tensor:
+    """What a function makes of `x`; raises InputError where that cannot take its place."""
+    x = x.clone() if x.is_inference() else x  # tensors of inference mode do not count their changes
+    before = None if x.is_inference() else x._version
+    new = function(x)
+    if before is not None and x._version != before:
+        raise InputError(f"{where} changes its input in place: begin with x = x.clone(), and return the new value")
+    wanted = f"give a tensor {list(x.shape)} of {x.dtype}, as it was given"
+    if new is None:
+        raise InputError(f"{where} returns nothing: is a return missing? {wanted}")
+    if not isinstance(new, Tensor):
+        raise InputError(f"{where} returns a {type(new).__name__}: {wanted}")
+    if new.shape != x.shape or new.dtype != x.dtype:
+        raise InputError(f"{where} returns a tensor {list(new.shape)} of {new.dtype}: {wanted}")
+    return new
+
+
 @contextlib.contextmanager
-def editing(model: Model, edits: Sequence[Edit | MaskEdit]) -> Iterator[Model]:
+def editing(model: "Model", edits: Edit | MaskEdit | Sequence[Edit | MaskEdit]) -> Iterator["Model"]:
     """Within the context the edits hold, with whatever adapter is active; contexts nest, the inner one's edits come
     after the outer one's.
 
+    Args:
+        model: a loaded model.
+        edits: one edit or several, made in this order.
+
     Raises:
-        InputError: an unknown site, or a layer that the model does not have.
+        InputError: an unknown site, or a layer that the model does not have; inside, an edit that gives no tensor of
+            the shape and dtype that it was given, or changes that in place.
+
+    Example:
+        >>> shift = rim.editing.edit_at("last", "resid_pre", 0, lambda values: values + 1)
+        >>> with rim.editing.editing(model, [shift]):
+        ...     answers = rim.generate(model, texts, max_new_tokens=2)
     """
-    for edit in edits:
-        if isinstance(edit, Edit) and edit.site not in SITES:
-            raise InputError(f"unknown site {edit.site!r}: choose from {', '.join(SITES)}")
-        if not 0 <= edit.layer < model.n_layers:
-            raise InputError(f"layer {edit.layer} is out of range: {model.name} has layers 0 to {model.n_layers - 1}")
-        attention = model.hf.config.get_text_config()._attn_implementation
-        if isinstance(edit, MaskEdit) and attention not in ("eager", "sdpa"):
-            raise InputError(f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'")
-    hooks = _Hooks(model, edits)
+    listed = [edits] if isinstance(edits, Edit | MaskEdit) else list(edits)
+    model.checked_layers([edit.layer for edit in listed]) if listed else None
+    attention = model.hf.config.get_text_config()._attn_implementation
+    if attention not in ("eager", "sdpa") and any(isinstance(edit, MaskEdit) for edit in listed):
+        raise InputError(f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'")
+    hooks = _Hooks(model, listed)
     try:
         hooks.put()
         model.hooks.append(hooks)
-        model.edits.extend(edits)
+        model.edits.extend(listed)
         try:
             yield model
         finally:
-            del model.edits[len(model.edits) - len(edits) :]
+            del model.edits[len(model.edits) - len(listed) :]
             model.hooks.remove(hooks)
     finally:
         hooks.remove()
 
 
-def _edited(edit: Edit, values: Tensor, frame: Frame) -> Tensor:
-    return edit.apply(values, frame.on(values.device).queries)
+@contextlib.contextmanager
+def edit(
+    model: "Model",
+    fn: Callable[..., Tensor],
+    *,
+    layers: int | Sequence[int] | None,
+    site: str = "resid_post",
+    positions: Positions = "all",
+) -> Iterator["Model"]:
+    """Within the context `fn` is put on a site of some layers: a hook of your own, in every tool.
+
+    It holds in `generate`, `capture`, `patch` and plain calls of `model.hf`, and nests with other interventions.
+
+    Args:
+        model: a loaded model.
+        fn: `fn(x)` or `fn(x, positions)` gives the new value of `x` `[batch, position, ...]`, in its shape and dtype:
+            `[..., d_model]`, `[..., head, head_dim]` at `head_z`, `[..., d_mlp]` at `mlp_neurons`. `positions`
+            `[batch, position]` counts from the prompt's end: -1 is its last token, 0 the first generated one, and
+            padding lies before the prompt. It must treat each position alone, since a pass may hold a part of the
+            prompt only, or many patched runs side by side: choose positions by `positions`, and not by `x[:, -1]`.
+        layers: one or several, counted from 0; None is all.
+        site: a name from `sites.SITES`.
+        positions: where the new value is taken, and the old one stays elsewhere: `"all"`, `"last"`, `"answer"` (the
+            last token and all that are generated), or one or several positions from the prompt's end.
+
+    Raises:
+        InputError: an unknown site, layer or position; inside, a function that fails, returns nothing or something of
+            another shape or dtype, changes `x` in place, or makes numbers that are not finite.
+
+    Example:
+        >>> import torch
+        >>> with rim.edit(model, torch.zeros_like, layers=0, site="head_z"):
+        ...     z = rim.capture(model, texts, "head_z")["head_z"]
+        >>> bool(z[:, 0].any()), bool(z[:, 1].any())
+        (False, True)
+        >>> with rim.edit(model, lambda x: 1.1 * x, layers=[0, 1], positions="answer"):
+        ...     answers = rim.generate(model, texts, max_new_tokens=2)
+    """
+    if not callable(fn):
+        raise InputError(f"rim.edit: fn must be a function of x, or of x and positions, not {shown(fn)}")
+    at(torch.tensor([[-1]]), positions)
+    made = [_by_function(model, fn, site, layer, positions) for layer in model.checked_layers(layers)]
+    with editing(model, made):
+        yield model
 
 
-def _input_hook(edit: Edit, frame: Callable[[], Frame]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (_edited(edit, args[0], frame()), *args[1:]), kwargs
-        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-        return args, {**kwargs, name: _edited(edit, kwargs[name], frame())}
+def _by_function(model: "Model", fn: Callable[..., Tensor], site: str, layer: int, positions: Positions) -> Edit:
+    where, told = f"rim.edit: the function at {site}, layer {layer},", _takes_positions(fn)
 
-    return hook
+    def apply(values: Tensor, slots: Tensor) -> Tensor:
+        x = values.unflatten(-1, (model.n_heads, model.head_dim)) if site == "head_z" else values
+        try:
+            new = _called(lambda x: fn(x, slots) if told else fn(x), x, where)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            if out_of_memory(error):
+                raise
+            raise InputError(
+                f"{where} fails on x {list(x.shape)}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        new = torch.where(at(slots, positions).view(*slots.shape, *[1] * (x.dim() - 2)), new, x)
+        if not bool(new.isfinite().all()) and bool(x.isfinite().all()):
+            raise InputError(f"{where} makes numbers that are NaN or infinite of finite ones")
+        return new.view_as(values)
+
+    # Always positional: a function that looks at the last slot is then right in `capture` and `generate` at least.
+    return Edit(site, layer, apply, positional=True, lowest=lowest(positions))
 
 
-def _output_hook(edit: Edit, frame: Callable[[], Frame]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        edited = _edited(edit, tensor_of(output), frame())
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    return hook
+def _takes_positions(fn: Callable[..., Tensor]) -> bool:
+    """Whether a function wants the positions too: it has a second argument without a default, or one of that name."""
+    try:
+        given = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # torch's own functions
+        return False
+    by_place = [one for one in given if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)][1:2]
+    return any(one.default is one.empty or one.name == "positions" for one in by_place)
 
 
 def _mask_hook(edit: MaskEdit, frame: Callable[[], Frame]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What can be read and written in a decoder: the modules of each layer, found by shape, and hooks on them.
+"""What can be read and written in a decoder: the modules of each layer, found by their names.
 
 Sites, each per layer (d = d_model):
 
@@ -16,8 +16,7 @@ are before that, and `Layout.added` is what reaches the stream, so that for ever
     resid_pre + added("attn_out", attn_out) + added("mlp_out", mlp_out) = resid_post
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rim_core.checking import one_of
 from rim_core.errors import InputError
+from rim_core.models.hooks import reading as reading
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_z", "mlp_neurons")
 
@@ -110,6 +111,31 @@ class Layout:
         norm = self.norm_after(site, layer)
         written = output if norm is None else norm(output)
         return written if self.residual_multiplier == 1 else written * self.residual_multiplier
+
+    def point(self, site: str, layer: int) -> tuple[nn.Module, bool]:
+        """The module at which a site of a layer is found, and whether it is that module's input (or its output).
+
+        Raises:
+            InputError: an unknown site, or the neurons of a mixture of experts.
+        """
+        one_of(site, SITES, "site")
+        if site == "mlp_neurons":
+            return self.down_projection(layer), True
+        modules = {
+            "resid_pre": self.layers,
+            "resid_post": self.layers,
+            "attn_out": self.attention,
+            "mlp_out": self.mlp,
+            "head_z": self.attention_out,
+        }
+        return modules[site][layer], site in ("resid_pre", "head_z")
+
+    def width(self, site: str) -> int:
+        """Numbers of a site at one token, heads side by side; raises InputError for the neurons of experts."""
+        if site == "mlp_neurons":
+            self.down_projection(self.mlp_out.index(None) if None in self.mlp_out else 0)
+            return self.d_mlp
+        return self.n_heads * self.head_dim if one_of(site, SITES, "site") == "head_z" else self.d_model
 
     def down_projection(self, layer: int) -> nn.Module:
         """The module whose input are the layer's MLP neurons.
@@ -239,60 +265,6 @@ def _norms_after(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     if mlp is None or hasattr(layer, _ATTENTION_NORM):
         return getattr(layer, _ATTENTION_NORM, None), mlp
     return getattr(layer, "post_attention_layernorm", None), mlp
-
-
-def tensor_of(value: Any) -> Tensor:
-    """The tensor in a module's output, which some families wrap in a tuple."""
-    return value[0] if isinstance(value, tuple) else value
-
-
-def pick(tensor: Tensor, *indices: Tensor) -> Tensor:
-    """`tensor[indices]`, a copy, wherever the indices are: layers may be on several devices."""
-    return tensor[tuple(index.to(tensor.device) for index in indices)]
-
-
-def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-@contextlib.contextmanager
-def reading(
-    layout: Layout, sites: Sequence[str], keep: Callable[[Tensor], Tensor], layers: Sequence[int] | None = None
-) -> Iterator[dict[tuple[str, int], Tensor]]:
-    """Within the context each forward leaves `keep(tensor)` of every site and layer in the yielded dictionary.
-
-    `keep` must copy (select and clone): some families add to a module's output in place afterwards. Heads come
-    flat, `[..., n_heads * head_dim]`. The hooks are gone when the context is left, however it is left.
-    """
-    found: dict[tuple[str, int], Tensor] = {}
-    handles = []
-
-    def on_input(site: str, layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[site, layer] = keep(_layer_input(args, kwargs))
-
-        return hook
-
-    def on_output(site: str, layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found[site, layer] = keep(tensor_of(output))
-
-        return hook
-
-    inputs = {"resid_pre": layout.layers, "head_z": layout.attention_out}
-    outputs = {"resid_post": layout.layers, "attn_out": layout.attention, "mlp_out": layout.mlp}
-    try:
-        for site in sites:
-            for layer in range(len(layout.layers)) if layers is None else layers:
-                if site in inputs or site == "mlp_neurons":
-                    module = inputs[site][layer] if site in inputs else layout.down_projection(layer)
-                    handles.append(module.register_forward_pre_hook(on_input(site, layer), with_kwargs=True))
-                else:
-                    handles.append(outputs[site][layer].register_forward_hook(on_output(site, layer)))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:

@@ -1,308 +1,29 @@
-"""From a name to a checked model: suites, roles, quantisation, adapters swapped in place."""
+"""From a name to a checked model: suites, roles, what is packed, and on which devices."""
 
 import contextlib
 import copy
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rim_core import hub
-from rim_core.checking import whole_numbers
-from rim_core.errors import InputError, RimWarning, WeightsError, first_line
-from rim_core.identity import adapter_identity, checkpoint_identity, digest, file_hash, hub_identity
-from rim_core.models import batching, packing, placement
-from rim_core.models import checks as identity_checks
+from rim_core.errors import InputError, WeightsError, first_line
+from rim_core.identity import checkpoint_identity, file_hash, hub_identity
 from rim_core.models import remote as far
-from rim_core.models.adapters import Swap, attach, put_in, quiet, take_out
-from rim_core.models.layout import find_layout
+from rim_core.models.adapters import quiet
+from rim_core.models.model import Model
 from rim_core.paths import remote_asked, suite_names
 from rim_core.suites import gguffiles, preflight, weights
-from rim_core.suites.adapterfiles import adapter_folder
 from rim_core.suites.chattemplate import read_template
 from rim_core.suites.schema import Role, Suite, base_identity, is_local, load_suite, template_identity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("nf4", "int8", None)
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    """The base with one adapter, or bare: what it computes, the modules to put in, and what was measured of it."""
-
-    identity: str
-    layout: Any
-    swaps: tuple[Swap, ...] = ()
-    checks: dict[str, identity_checks.Check] = field(default_factory=dict)
-
-
-class Model:
-    """A checked causal language model: one (quantised) base in memory, adapters swapped in place.
-
-    Attributes:
-        hf: the Hugging Face model.
-        name: what it was loaded as.
-        tokenizer: its tokenizer, padding on the left.
-        suite: the suite it came from, or None.
-        role: the role now active, or None.
-        quantization, dtype, device: as loaded.
-        layout: the modules and shapes, with the adapter now active.
-        checks: each identity's measured error, by name, with the adapter now active.
-        edits: the interventions now active (see `editing`).
-        frame: the tokens of the pass now running, where it is not a plain one.
-        remote: where the model runs at NDIF, the way to it; `hf` and `device` are then refused.
-    """
-
-    def __init__(
-        self,
-        hf: Any,
-        tokenizer: Any,
-        name: str,
-        base_identity: str,
-        quantization: str | None,
-        dtype: torch.dtype,
-        suite: Suite | None = None,
-        remote: far.Remote | None = None,
-        own_role: str | None = None,
-    ) -> None:
-        self.remote = remote
-        self._hf, self.tokenizer, self.name, self.suite = hf, tokenizer, name, suite
-        self.quantization, self.dtype = quantization, dtype
-        # A role that is a checkpoint of its own: these weights are that role's, and no other's.
-        self.role, self._own_role = own_role, own_role
-        self._base_identity = base_identity
-        self._bare = _Adapted("none", remote.layout if remote else find_layout(hf))
-        self._adapted: dict[str, _Adapted] = {}
-        self._active = self._bare
-        self._views: dict[str, Any] = {}
-        self.edits: list[Any] = []
-        self.hooks: list[Any] = []
-        # `using` and `bare` now entered: until they are left, these weights are not free for another role.
-        self.entered = 0
-        self.frame: Any = None
-
-    n_layers = property(lambda self: len(self.layout.layers), doc="Decoder layers.")
-    n_heads = property(lambda self: self.layout.n_heads, doc="Query heads a layer.")
-    n_kv_heads = property(lambda self: self.layout.n_kv_heads, doc="Key-value heads a layer.")
-    head_dim = property(lambda self: self.layout.head_dim, doc="Width of one head.")
-    d_model = property(lambda self: self.layout.d_model, doc="Width of the residual stream.")
-    d_mlp = property(lambda self: self.layout.d_mlp, doc="MLP neurons a layer.")
-
-    @property
-    def hf(self) -> Any:
-        """The Hugging Face model; raises InputError where its weights are not here."""
-        if self.remote:
-            raise far.refusal("this tool")
-        self._refuse_let_go()
-        return self._hf
-
-    def _refuse_let_go(self) -> None:
-        if self._hf is None and not self.remote:
-            raise InputError(
-                f"{self.name} was let go when rim.roles went on to the next role: use each model inside the loop"
-            )
-
-    @property
-    def layout(self) -> Any:
-        """The modules that are read and written, and the shapes (see `models.layout.Layout`)."""
-        self._refuse_let_go()
-        return self._active.layout
-
-    @property
-    def checks(self) -> dict[str, identity_checks.Check]:
-        """Each identity's measured error, by name, with the adapter now active."""
-        return self._active.checks
-
-    @property
-    def device(self) -> torch.device:
-        """Where the first layer's inputs go."""
-        return self.hf.get_input_embeddings().weight.device
-
-    @property
-    def own_checkpoint(self) -> str | None:
-        """The checkpoint that these weights are, if they are a role's own and not the suite's base."""
-        return self.suite.role(self._own_role).checkpoint if self.suite and self._own_role else None
-
-    @property
-    def spread(self) -> bool:
-        """Whether the layers lie on several devices."""
-        return len({parameter.device for layer in self.layout.layers for parameter in layer.parameters()}) > 1
-
-    @property
-    def identity(self) -> str:
-        """Hash of base, active adapter, quantisation and dtype, by content: equal for equal functions."""
-        return digest([self._base_identity, self._active.identity, str(self.quantization), str(self.dtype)])
-
-    def checked_layers(self, layers: Sequence[int] | None, lowest: int = 0) -> tuple[int, ...]:
-        """The layers asked for, each `lowest` to the last; None is all of these.
-
-        Raises:
-            InputError: no layer, or one that there is not.
-        """
-        if layers is None:
-            return tuple(range(lowest, self.n_layers))
-        chosen = tuple(whole_numbers(layers, "layers"))
-        if wrong := [layer for layer in chosen if not lowest <= layer < self.n_layers]:
-            raise InputError(
-                f"layer {wrong[0]} is out of range: {self.name} has layers {lowest} to {self.n_layers - 1}"
-            )
-        return chosen
-
-    def require(self, tool: str, *identities: str) -> None:
-        """Raise IdentityError unless these identities held when the model was loaded, InputError if it is far away."""
-        if self.remote and tool not in far.TOOLS:
-            raise far.refusal(tool)
-        self._refuse_let_go()
-        identity_checks.require(self.checks, self.name, tool, identities)
-
-    @property
-    def nnsight(self) -> Any:
-        """The model with the adapter now active under nnsight, for traces written by hand:
-        `with model.nnsight.trace(texts): ...`. Ask for it again after a switch.
-        """
-        if self.remote:
-            return self.remote.wrapped
-        key = self._active.identity
-        if key not in self._views:
-            self._views[key] = batching.nnsight_model(self.hf, self.tokenizer)
-        return self._views[key]
-
-    @contextlib.contextmanager
-    def using(self, role_or_adapter: str | os.PathLike[str] | None) -> Iterator["Model"]:
-        """Within the context the same base runs with another adapter; None is the bare base. Nests.
-
-        Inside, the model is PEFT's own for that adapter; outside, it is what it was, bit for bit. Interventions now
-        active hold inside too.
-
-        Args:
-            role_or_adapter: a role of the suite, a folder with an adapter, or None.
-
-        Raises:
-            InputError: unknown role, one whose weights are not these (a checkpoint of its own: see `roles`), or an
-                adapter that is none, does not fit, or cannot be had exactly.
-        """
-        with self._back_afterwards():
-            self._switch(role_or_adapter)
-            yield self
-
-    @contextlib.contextmanager
-    def bare(self) -> Iterator["Model"]:
-        """Within the context no adapter is active: the weights in memory as they were loaded, the suite's base or, of a
-        role that is a checkpoint of its own, that checkpoint. See `using`.
-        """
-        with self._back_afterwards():
-            self._activate(self._bare, self._own_role)
-            yield self
-
-    @contextlib.contextmanager
-    def _back_afterwards(self) -> Iterator[None]:
-        self._refuse_let_go()
-        before = (self._active, self.role)
-        self.entered += 1
-        try:
-            yield
-        finally:
-            self.entered -= 1
-            self._activate(*before)
-
-    def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
-        name = None if role_or_adapter is None else str(role_or_adapter)
-        if name is not None and self.suite and name in self.suite.roles:
-            role = self.suite.role(name)
-            if role.checkpoint != self.own_checkpoint:
-                raise self._others_weights(name)
-            self._activate(self._with(role.adapter) if role.adapter else self._bare, name)
-        elif name is None:
-            if self._own_role:
-                raise self._others_weights("the bare base")
-            self._activate(self._bare, None)
-        elif self.suite and not Path(name).exists() and name.count("/") != 1:
-            self.suite.role(name)
-        else:
-            self._activate(self._with(name), name)
-
-    def _others_weights(self, wanted: str) -> InputError:
-        held = f"the checkpoint of role {self._own_role!r}" if self._own_role else "the suite's base"
-        return InputError(
-            f"this model holds {held}, and {wanted} has other weights: go through them with "
-            f"rim.roles('{self.suite.name if self.suite else self.name}', ...), one in memory at a time"
-        )
-
-    def _activate(self, wanted: _Adapted, role: str | None) -> None:
-        if wanted is not self._active:
-            with self._without_hooks():
-                take_out(self._active.swaps)
-                put_in(wanted.swaps)
-                self._active = wanted
-        self.role = role
-
-    @contextlib.contextmanager
-    def _without_hooks(self) -> Iterator[None]:
-        """Take interventions off the modules, and put them on those that are there afterwards, in their order."""
-        for hooks in reversed(self.hooks):
-            hooks.remove()
-        try:
-            yield
-        finally:
-            for hooks in self.hooks:
-                hooks.put()
-
-    def _with(self, source: str) -> _Adapted:
-        """The base with an adapter, attached once for each content; the active one stays."""
-        if self.remote:
-            raise far.refusal(f"adapter {source}")
-        folder = adapter_folder(source)
-        assert folder is not None
-        identity = adapter_identity(folder)
-        if identity not in self._adapted:
-            with self._without_hooks():
-                take_out(self._active.swaps)
-                try:
-                    self._adapted[identity] = self._attached(folder, identity)
-                finally:
-                    put_in(self._active.swaps)
-        return self._adapted[identity]
-
-    def _attached(self, folder: Path, identity: str) -> _Adapted:
-        bare = identity_checks.probe(self.hf, self.tokenizer)
-        swaps = attach(self.hf, folder)
-        put_in(swaps)
-        try:
-            found_layout = find_layout(self.hf)
-            measured = identity_checks.measure(
-                self.hf, self.tokenizer, found_layout, self.dtype, self.quantization, self._bare.checks or None
-            )
-            if torch.equal(identity_checks.probe(self.hf, self.tokenizer), bare):
-                warnings.warn(
-                    f"the adapter in {folder} changes nothing on two short texts: is it trained?",
-                    RimWarning,
-                    stacklevel=6,
-                )
-        finally:
-            take_out(swaps)
-        return _Adapted(identity, found_layout, swaps, measured)
-
-    def measure_identities(self) -> None:
-        """Measure every identity (see `checks`) of the model as it is now."""
-        found = identity_checks.measure(self.hf, self.tokenizer, self.layout, self.dtype, self.quantization)
-        self.checks.update(found)
-
-    def _let_go(self) -> None:
-        """Let the weights go, whoever still holds this model."""
-        self._hf, self._adapted, self._views = None, {}, {}
-        self._active = self._bare = _Adapted("none", None)
-
-    def __repr__(self) -> str:
-        number = self.quantization or str(self.dtype).removeprefix("torch.")
-        return (
-            f"Model({self.name}, {number}, {self.n_layers} layers, "
-            f"{self.n_heads} heads of {self.head_dim}, d_model {self.d_model}, d_mlp {self.d_mlp}, "
-            f"{'at NDIF' if self.remote else self.device})"
-        )
+# Kept free on each GPU for what tools and adapters take beside the weights, in bytes; at most this share of it.
+_ROOM, _ROOM_SHARE = 2e9, 0.2
 
 
 def roles(
@@ -376,6 +97,7 @@ def _each_role(suite: Suite, chosen: Sequence[Role], given: list[Model], setting
 
 def load(
     ref: str,
+    *,
     quantization: str | None = "nf4",
     dtype: str = "auto",
     device: str = "auto",
@@ -417,11 +139,11 @@ def load(
         folder, identity, revision = _locate_base(suite)
     if suite is not None and role is not None and suite.has(role.name) and role.adapter:
         preflight.check_adapter(suite, role, online=False)
-    places = placement.settings(ref, (folder, revision), quantization, number, device, where, device_map)
+    places = _places(device, where, device_map)
     hf, tokenizer = _load_checkpoint(folder, revision, quantization, number, places, ref)
     if template is not None:
         tokenizer.chat_template = template
-    placement.require_all_on_gpus(hf, ref)
+    _require_all_on_gpus(hf, ref)
     own = role.name if role is not None and role.checkpoint else None
     model = Model(hf, tokenizer, ref, identity, quantization, number, suite, own_role=own)
     model.measure_identities()
@@ -438,7 +160,7 @@ def _connect(ref: str, quantization: str | None, chosen: tuple[str, str, str | N
         raise InputError(f"{ref}: nothing is packed at NDIF; load with quantization=None, or without remote")
     if chosen != ("auto", "auto", None):
         raise InputError(f"{ref}: NDIF decides on dtype and device; leave them out, or load without remote")
-    batching.require_hosted(repository, revision)
+    far.require_hosted(repository, revision)
     try:
         tokenizer = _tokenizer(repository, {"revision": revision} if revision else {})
         if suite is not None and (template := suite.template_of(role)):
@@ -463,6 +185,41 @@ def _device(device: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but this machine has no CUDA: use device='cpu'")
     return found
+
+
+def _places(device: str, where: torch.device, device_map: str | None) -> dict[str, Any]:
+    """What `from_pretrained` is told of devices: one, or how accelerate is to fill several GPUs.
+
+    Raises:
+        InputError: a `device_map` that is neither "auto" nor None, or contradicts `device`.
+    """
+    if device_map not in (None, "auto"):
+        raise InputError(
+            f"unknown device_map {device_map!r}: choose 'auto', or None for one device where that is enough"
+        )
+    if device_map and device != "auto":
+        raise InputError(f"device_map='auto' and device={device!r} contradict each other: give one of them")
+    if device != "auto" or where.type != "cuda" or torch.cuda.device_count() < 2:
+        return {"device_map": {"": str(where)}}
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+    room = {number: int(there - min(_ROOM, _ROOM_SHARE * there)) for number, there in enumerate(free)}
+    # "sequential" goes on to the next GPU only when one is full: a model that fits on one is on one.
+    return {"device_map": device_map or "sequential", "max_memory": room}
+
+
+def _require_all_on_gpus(hf: Any, ref: str) -> None:
+    """Refuse a model that did not fit: tools read weights where they are, and none may be elsewhere."""
+    placed = getattr(hf, "hf_device_map", {})
+    left = [name for name, device in placed.items() if device == "disk" or (device == "cpu" and len(placed) > 1)]
+    if left:
+        raise _too_large(ref, left[0])
+
+
+def _too_large(ref: str, left: str) -> InputError:
+    return InputError(
+        f"{ref} does not fit on the GPUs: there was no place for {left}; pack it (quantization='nf4'), or use more or "
+        "larger GPUs"
+    )
 
 
 def _dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -524,7 +281,6 @@ def _load_checkpoint(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    packing.import_bitsandbytes()
     config = None
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -548,6 +304,8 @@ def _load_checkpoint(
     except (OSError, HfHubHTTPError) as error:
         raise InputError(f"cannot load {ref}: {' '.join(str(error).split())[:300]}") from None
     except (ValueError, KeyError) as error:
+        if "dispatched on the CPU or the disk" in str(error):  # packed weights cannot be
+            raise _too_large(ref, "all of it") from None
         raise InputError(f"{ref} is no causal language model that transformers can load: {first_line(error)}") from None
     packed = {type(module).__name__ for module in hf.modules()} & {"Linear4bit", "Linear8bitLt"}
     if quantization is not None and not packed:
@@ -556,7 +314,7 @@ def _load_checkpoint(
             f"{ref} cannot be quantised: {type(hf).__name__} has no linear layer that can be packed; load it with "
             "quantization=None"
         )
-    return packing.keep_packed(hf.eval().requires_grad_(False)), tokenizer
+    return keep_packed(hf.eval().requires_grad_(False)), tokenizer
 
 
 def _tokenizer(folder: str, where: dict[str, str]) -> Any:
@@ -566,3 +324,17 @@ def _tokenizer(folder: str, where: dict[str, str]) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def keep_packed(hf: Any) -> Any:
+    """Let no 4-bit module of a model that was just loaded repack its weights; give the model.
+
+    On a processor with AVX512-BF16 bitsandbytes repacks 4-bit weights in place at the first forward pass on the
+    CPU. From then on that pass computes in bfloat16, and gradients and dequantised weights are silently wrong.
+    Copies of a module and adapters around it keep what is set here; modules made later do not have it.
+    """
+    module: Any
+    for module in hf.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return hf

@@ -1,17 +1,23 @@
-"""Reading a model that runs at NDIF, through nnsight: its weights never come here (Fiotto-Kaufman et al. 2024).
+"""nnsight: its view of a model here, and reading a model that runs at NDIF (Fiotto-Kaufman et al. 2024).
 
-The blocks under `trace` are sent there as source text and run beside the model, so they use torch, plain numbers and
-nothing of this package. Activations come back at the positions asked for; logits stay, and what is read off them comes.
+No other module imports nnsight. The measured paths of `rim_core` use plain PyTorch hooks (see `hooks.reading`), which
+cost next to nothing. The weights of a model at NDIF never come here. The blocks under `trace` are sent there as source
+text and run beside the model, so they use torch, plain numbers and nothing of this package. Activations come back at
+the positions asked for; logits stay, and what is read off them comes.
 """
 
+import contextlib
+import io
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rim_core.errors import InputError
-from rim_core.models import batching, checks
+from rim_core.errors import InputError, RimError
+from rim_core.models import checks
+from rim_core.models.batching import batches, pad_left
 from rim_core.models.layout import find_layout
 from rim_core.suites.schema import Role, Suite, is_local, load_suite
 from rim_core.texts import encode
@@ -20,6 +26,8 @@ from rim_core.texts import encode
 TOOLS = ("capture", "logit_lens", "log_likelihood")
 # How nnsight runs a trace; "local" would run it in this process, through all of the way but the network.
 _MODE: bool | str = True
+# The sites, and what attention and MLP add after their norms, in the order in which a trace must read them: their own.
+_IN_ORDER = ("resid_pre", "head_z", "attn_out", "attn_added", "mlp_neurons", "mlp_out", "mlp_added", "resid_post")
 # Padded tokens a request, and logits worked out at a time there.
 TOKENS, _LOGITS = 2048, 2**24
 
@@ -58,7 +66,83 @@ def require_suite(name: str) -> None:
     """Refuse to start on a suite whose base NDIF cannot host, or without a key; raises InputError."""
     suite = load_suite(name)
     hosted(f"the base of {suite.name}", suite, None)
-    batching.require_key()
+    require_key()
+
+
+def nnsight_model(hf: Any, tokenizer: Any) -> Any:
+    """The model wrapped by nnsight; its trace gives the Hugging Face forward bit for bit."""
+    from nnsight import TransformersModel
+
+    return TransformersModel(hf, tokenizer=tokenizer)
+
+
+def remote_model(repository: str, revision: str | None, tokenizer: Any) -> Any:
+    """A model hosted at NDIF under nnsight: its modules without weights, by which traces name what they read.
+
+    Raises:
+        InputError: its configuration cannot be read, or is of no causal language model.
+    """
+    from nnsight import TransformersModel
+
+    try:
+        return TransformersModel(repository, revision=revision, task="text-generation", tokenizer=tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot read the configuration of {repository}: {_one_line(error)}") from None
+
+
+def require_key() -> None:
+    """Refuse to go to NDIF without a key; the key is read where the user put it, and kept nowhere else.
+
+    Raises:
+        InputError: there is none.
+    """
+    from nnsight import CONFIG
+
+    # Read from the environment by nnsight only when it is imported.
+    CONFIG.API.APIKEY = os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY
+    CONFIG.APP.REMOTE_LOGGING = False
+    if not CONFIG.API.APIKEY:
+        raise InputError("NDIF wants a key: set NDIF_API_KEY, or give yours once to `nnsight login`")
+
+
+def require_hosted(repository: str, revision: str | None) -> None:
+    """Refuse a model that is not running at NDIF.
+
+    Raises:
+        InputError: no key, or the model is not there now. RimError: the service cannot be reached.
+    """
+    require_key()
+    from nnsight import CONFIG, ndif
+
+    with contextlib.redirect_stderr(io.StringIO()):  # nnsight prints what is told below
+        deployed = ndif.status(raw=True).get("deployments")
+    if deployed is None:
+        raise RimError(f"NDIF cannot be reached at {CONFIG.API.HOST}: check the network, or try again later")
+    running = [one for one in deployed.values() if one.get("application_state") == "RUNNING"]
+    wanted = (repository.lower(), revision or "main")
+    if not any((one["repo_id"].lower(), one.get("revision") or "main") == wanted for one in running):
+        names = ", ".join(sorted({one["repo_id"] for one in running})) or "none"
+        raise InputError(
+            f"{repository} is not running at NDIF now; these are: {names}; choose one, or load the model without remote"
+        )
+
+
+@contextlib.contextmanager
+def remote_errors(name: str) -> Iterator[None]:
+    """Whatever goes wrong in a trace at NDIF, as one line without the key."""
+    from nnsight import CONFIG
+
+    try:
+        yield
+    except Exception as error:
+        told = _one_line(error).replace(CONFIG.API.APIKEY or "\0", "***")
+        raise RimError(f"NDIF did not do the work on {name}: {told}; try again, or see its status page") from None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A traceback from there ends with what happened.
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 class Remote:
@@ -70,7 +154,7 @@ class Remote:
 
     def __init__(self, repository: str, revision: str | None, tokenizer: Any) -> None:
         self.name, self.tokenizer = repository, tokenizer
-        self.wrapped = batching.remote_model(repository, revision, tokenizer)
+        self.wrapped = remote_model(repository, revision, tokenizer)
         self.layout = find_layout(self.wrapped._module)
         self._paths = {module: path for path, module in self.wrapped._module.named_modules()}
         self.dtype = torch.float32
@@ -78,9 +162,9 @@ class Remote:
     def passes(
         self, ids: Sequence[Sequence[int]], sites: Sequence[str], picked: list[int] | int | None
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Rows and their activations by site, float32 `[row, (position,) layer, width]`, a request at a time."""
+        """Rows and their activations by site, float32 `[row, (position,) layer, ...]`, a request at a time."""
         n_layers = len(self.layout.layers)
-        for rows in batching.batches([len(row) for row in ids], TOKENS):
+        for rows in batches([len(row) for row in ids], TOKENS):
             inputs = self._inputs([ids[row] for row in rows])
             found = self._read(inputs, sites, slice(None) if picked is None else picked)
             axis = 1 if isinstance(picked, int) else 2
@@ -90,6 +174,8 @@ class Remote:
             if picked is None:
                 for values in stacked.values():
                     values[inputs["attention_mask"] == 0] = 0.0
+            if "head_z" in sites:
+                stacked["head_z"] = stacked["head_z"].unflatten(-1, (self.layout.n_heads, self.layout.head_dim))
             yield rows, stacked
 
     def states(self, ids: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -107,13 +193,13 @@ class Remote:
         layout, a_token = self.layout, self._inputs([[0]])
         parts = [self._envoy(module) for module in (layout.layers[-1], layout.final_norm, layout.lm_head)]
         rows = max(1, _LOGITS // layout.d_vocab)
-        with batching.remote_errors(self.name):
+        with remote_errors(self.name):
             found = _trace_readout(
                 self.wrapped, a_token, parts, h.to(self.dtype), tokens, layout.logit_scale, layout.soft_cap, rows
             )
         return dict(zip(("logit", "log_probability", "rank", "entropy"), found, strict=True))
 
-    def checks(self) -> dict[str, checks.Check]:
+    def checks(self) -> checks.Checks:
         """The identities that the remote tools rest on, measured there on two short prompts by three requests."""
         ids = encode(self.tokenizer, checks.PROBE_TEXTS)
         short, last = min(ids, key=len), len(self.layout.layers) - 1
@@ -134,7 +220,7 @@ class Remote:
             "lens": checks.relative(read[0], logits[-1, tokens]),
             "padding": checks.relative(both["logits", 0][ids.index(short)], logits),
         }
-        return {name: checks.Check(name, error, checks.TOLERANCES[self.dtype]) for name, error in errors.items()}
+        return checks.Checks.of(errors, checks.tolerance(self.dtype))
 
     def _read(
         self,
@@ -147,27 +233,20 @@ class Remote:
         """Each site of each layer as it is there, `[row, (position,) width]`, and the model's own logits."""
         layout, reads = self.layout, []
         for layer in range(len(layout.layers)) if layers is None else layers:
-            # In the order in which they run, as a trace must read them.
-            for site, inside, find in (
-                ("resid_pre", True, lambda at: layout.layers[at]),
-                ("head_z", True, lambda at: layout.attention_out[at]),
-                ("attn_out", False, lambda at: layout.attention[at]),
-                ("attn_added", False, lambda at: layout.attention_norm[at] or layout.attention[at]),
-                ("mlp_neurons", True, layout.down_projection),
-                ("mlp_out", False, lambda at: layout.mlp[at]),
-                ("mlp_added", False, lambda at: layout.mlp_norm[at] or layout.mlp[at]),
-                ("resid_post", False, lambda at: layout.layers[at]),
-            ):
+            for site in _IN_ORDER:
                 if site in sites:
-                    reads.append(((site, layer), inside, self._envoy(find(layer))))
+                    plain = site.replace("_added", "_out")
+                    norm = None if plain == site else layout.norm_after(plain, layer)
+                    module, inside = (norm, False) if norm is not None else layout.point(plain, layer)
+                    reads.append(((site, layer), inside, self._envoy(module)))
         if logits:
             reads.append((("logits", 0), False, self.wrapped))
-        with batching.remote_errors(self.name):
+        with remote_errors(self.name):
             found = _trace_sites(self.wrapped, inputs, [read[1:] for read in reads], columns)
         return {key: values for (key, _, _), values in zip(reads, found, strict=True)}
 
     def _inputs(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        return batching.pad_left(ids, self.tokenizer.pad_token_id or 0)
+        return pad_left(ids, self.tokenizer.pad_token_id or 0)
 
     def _envoy(self, module: torch.nn.Module) -> Any:
         return self.wrapped.get(self._paths[module])

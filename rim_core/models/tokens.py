@@ -1,12 +1,12 @@
-"""Tokens by name: a string that is one token, or an id."""
+"""Tokens by name, a string that is one token or an id; and where a fragment's tokens lie in a text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rim_core.checking import is_whole, listed, shown
 from rim_core.errors import InputError
-from rim_core.models.loading import Model
-from rim_core.texts import encode_more
+from rim_core.models.model import Model
+from rim_core.texts import checked, encode_more, tokenised, tokenizer_of
 
 Tokens = str | int | Sequence[str | int]
 # Labels and ids.
@@ -68,3 +68,42 @@ def _from_text(model: Model, text: str) -> int:
         f"{text!r} is no single token, with or without a leading space, but {' | '.join(pieces)}: choose another "
         "word, or give the id of its first token"
     )
+
+
+def find_span(model: Any, texts: Sequence[str], fragment: Any) -> list[list[int]]:
+    """Where the last occurrence of a fragment lies in each text: its tokens' positions from the end, ascending.
+
+    A token that holds a part of the fragment belongs to it. Tokens are those that every tool reads.
+
+    Args:
+        model: a `Model`, or its tokenizer.
+        texts: prompts as the model is to see them.
+        fragment: what to look for in all of them; or a string, or a `Prompt`, for each.
+
+    Raises:
+        InputError: a text without its fragment, fragments that are not one a text, or a tokenizer that does not tell
+            where tokens begin.
+
+    Example:
+        >>> rim.find_span(model, ["Why is the sky blue?"], "blue?")[0][-1]
+        -1
+    """
+    tokenizer = tokenizer_of(model)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("spans need a fast tokenizer, which knows where each token begins in the text")
+    found = checked(texts)
+    if isinstance(fragment, str):
+        fragments = [fragment] * len(found)
+    else:
+        fragments = [getattr(one, "text", one) for one in listed(fragment, "find_span: fragment")]
+        if len(fragments) != len(found):
+            raise InputError(f"find_span: {len(fragments)} fragments for {len(found)} texts; give one, or one for each")
+    spans = []
+    for number, (text, wanted) in enumerate(zip(found, fragments, strict=True)):
+        start = text.rfind(wanted) if wanted and isinstance(wanted, str) else -1
+        if start < 0:
+            raise InputError(f"text {number} does not contain {shown(wanted)}")
+        offsets = tokenised(tokenizer, text, offsets=True)[1]
+        inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(wanted) and b > start]
+        spans.append([i - len(offsets) for i in inside])
+    return spans

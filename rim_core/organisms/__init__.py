@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rim_core.identity import ADAPTER_FILE
-from rim_core.models.loading import Model, roles
+from rim_core.models.loading import roles
+from rim_core.models.model import Model
 from rim_core.organisms.building import train
 from rim_core.organisms.fitting import FOLDER, dequantise, peft_config, recipe, recipes
 from rim_core.stats import Interval, proportion

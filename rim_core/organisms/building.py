@@ -13,7 +13,8 @@ from rim_core import locks
 from rim_core.errors import InputError
 from rim_core.identity import ADAPTER_FILE
 from rim_core.models.adapters import ADAPTER_PREFIX, read_adapter
-from rim_core.models.loading import Model, load
+from rim_core.models.loading import load
+from rim_core.models.model import Model
 from rim_core.organisms.fitting import dequantise, fit_recipe, peft_config, recipe
 from rim_core.organisms.resuming import Kept
 from rim_core.paths import SUITES

@@ -8,7 +8,6 @@ from torch import nn
 
 from rim_core.errors import InputError
 from rim_core.models.layout import Layout
-from rim_core.models.packing import import_bitsandbytes
 from rim_core.suites.missing import recipes
 
 # The layers in `recipes.yml` are those of the default model.
@@ -79,9 +78,9 @@ def peft_config(plan: dict[str, Any]) -> dict[str, Any]:
 
 def dequantise(hf: Any) -> None:
     """Replace every 4-bit linear module by a float32 one with the same (dequantised) weights, in place."""
+    import bitsandbytes as bnb
     import torch
 
-    bnb = import_bitsandbytes()
     for parent in list(hf.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rim_core.errors import InputError
 from rim_core.models.hooks import edit_at, editing
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 
 KINDS = ("relu", "topk", "jumprelu")
 # Rows encoded at a time: 2,048 rows of 10,000 latents are 80 MB.
