@@ -56,9 +56,9 @@ class Activations:
     Example:
         >>> acts = rim.capture(model, texts, ["resid_post", "head_z"])
         >>> acts
-        Activations(resid_post [4, 2, 32], head_z [4, 2, 4, 8])
+        Activations(resid_post [4, 3, 32], head_z [4, 3, 4, 8])
         >>> acts["resid_post"].shape
-        torch.Size([4, 2, 32])
+        torch.Size([4, 3, 32])
     """
 
     sites: tuple[str, ...]
@@ -103,7 +103,7 @@ def open_activations(folder: str | Path) -> Activations:
         >>> with tempfile.TemporaryDirectory() as place:
         ...     _ = rim.capture(model, texts, "mlp_out", to=Path(place) / "acts")
         ...     rim.activations.open_activations(Path(place) / "acts")
-        Activations(mlp_out [4, 2, 32])
+        Activations(mlp_out [4, 3, 32])
     """
     folder = Path(folder)
     manifest = _read_manifest(folder)
@@ -153,9 +153,9 @@ def capture(
 
     Example:
         >>> rim.capture(model, texts, "resid_post")["resid_post"].shape
-        torch.Size([4, 2, 32])
+        torch.Size([4, 3, 32])
         >>> rim.capture(model, texts, "head_z", positions=[-2, -1])["head_z"].shape
-        torch.Size([4, 2, 2, 4, 8])
+        torch.Size([4, 2, 3, 4, 8])
     """
     wanted = (sites,) if isinstance(sites, str) else tuple(checking.listed(sites, "capture: sites"))
     for number, site in enumerate(wanted):
