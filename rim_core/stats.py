@@ -42,7 +42,7 @@ class Interval:
         method: how the interval was made, in words.
 
     Example:
-        >>> print(Interval(0.9, 0.55, 1.0, n=10))
+        >>> print(rim.stats.Interval(0.9, 0.55, 1.0, n=10))
         0.9 (95% 0.55 to 1, n=10)
     """
 

@@ -31,7 +31,7 @@ def means(frame: pd.DataFrame, value: str, by: str | Sequence[str] = ()) -> pd.D
 
     Example:
         >>> frame = pd.DataFrame({"layer": [0, 0, 1, 1], "accuracy": [0.5, 0.7, 0.9, 0.9]})
-        >>> means(frame, "accuracy", "layer")["estimate"].tolist()
+        >>> rim.tables.means(frame, "accuracy", "layer")["estimate"].tolist()
         [0.6, 0.9]
     """
     keys = [by] if isinstance(by, str) else list(by)
@@ -63,8 +63,7 @@ def tidy(results: Mapping[str, Any]) -> pd.DataFrame:
         InputError: nothing given, a value that is none of these, or a table that has a column `name`.
 
     Example:
-        >>> from rim_core import stats
-        >>> table = tidy({"refusals": stats.proportion(9, 10), "chance": 0.5})
+        >>> table = rim.tidy({"refusals": rim.stats.proportion(9, 10), "chance": 0.5})
         >>> table[["name", "estimate", "n"]].to_dict("list")
         {'name': ['refusals', 'chance'], 'estimate': [0.9, 0.5], 'n': [10.0, nan]}
     """

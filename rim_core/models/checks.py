@@ -3,7 +3,7 @@
 What each compares, and the tools that need it:
 
 - `residual_sum`: `resid_post` with `resid_pre` and what attention and MLP add to it; attribution by component.
-- `lens`: `layout.readout(last resid_post)` with the logits; logit lens, attribution.
+- `lens`: `Layout.readout(last resid_post)` with the logits; logit lens, attribution.
 - `head_sum`: the sum of the heads' outputs (plus bias) with `attn_out`; everything by head.
 - `padding`: a prompt alone with the same prompt left-padded in a batch; every batched tool.
 - `cache`: prompts continued token by token in a batch, as in `generate`, with each alone and whole; `generate`.
