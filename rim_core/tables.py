@@ -128,3 +128,18 @@ def interval_frame(found: Mapping[Any, Interval], keys: Sequence[str], value: st
     """Give a row an interval: a column for each part of its key, the estimate as `value`, low, high, n."""
     rows = [(*key, each.estimate, each.low, each.high, each.n) for key, each in found.items()]
     return pd.DataFrame(rows, columns=[*keys, value, "low", "high", "n"])
+
+
+def by_layer(series: Mapping[str, Interval]) -> pd.DataFrame:
+    """Give a row a layer and series, of intervals that hold a number for each layer: layer, series, estimate, ...
+
+    Example:
+        >>> by_layer({"probe": Interval(np.array([0.5, 0.9]), np.array([0.4, 0.8]), np.array([0.6, 1.0]), n=40)})
+           layer series  estimate  low  high   n
+        0      0  probe       0.5  0.4   0.6  40
+        1      1  probe       0.9  0.8   1.0  40
+    """
+    frames = [found.to_frame(layer=range(len(found.estimate))) for found in series.values()]
+    for frame, name in zip(frames, series, strict=True):
+        frame.insert(1, "series", name)
+    return pd.concat(frames, ignore_index=True)

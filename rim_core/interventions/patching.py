@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rim_core.checking import finite, whole
-from rim_core.errors import InputError
 from rim_core.interventions._rows import run_clean, run_patched
 from rim_core.interventions.metrics import Metric
 from rim_core.interventions.plans import Plan, Positions, Unit, make_plan, members, read_source, rectangle
@@ -201,21 +200,3 @@ def _patch_batch(model: Model, plan: Plan, rows: list[int], budget: int) -> tupl
         dim=1,
     )
     return scores, clean.score.float().cpu(), None if source_score is None else source_score.float().cpu()
-
-
-def neurons_above(source: Tensor, destination: Tensor, factor: float = 1.0) -> list[Unit]:
-    """Neurons whose mean difference between source and destination is above `factor` times its layer's mean.
-
-    Paper C, section III.D: neurons with an above-mean activation difference.
-
-    Args:
-        source, destination: `mlp_neurons` as captured, `[prompt, layer, d_mlp]`.
-        factor: of the layer's mean absolute difference.
-    """
-    if source.dim() != 3 or source.shape[1:] != destination.shape[1:]:
-        raise InputError(
-            f"neurons_above needs two [prompt, layer, d_mlp], not {list(source.shape)} and {list(destination.shape)}"
-        )
-    gap = (source.double().mean(0) - destination.double().mean(0)).abs()
-    above = gap > factor * gap.mean(dim=-1, keepdim=True)
-    return [(int(layer), int(neuron)) for layer, neuron in above.nonzero()]

@@ -1,1 +1,12 @@
-"""What is read off a model without changing it: probes, directions, lens, attribution, gradients."""
+"""What is read off activations and a model's passes without changing it. Read `directions` first, then `probes`.
+
+- `directions`: difference in means, projections, cosines, how far a direction sets two kinds of prompts apart.
+- `probes`: linear classifiers by layer on a leak-free split, with controls.
+- `rotations`: the orthogonal map from one model's activations to another's, and whether it is needed.
+- `subspaces`: principal angles, leading directions that data sets share, erosion between base and instruct.
+- `neurons`: neurons that differ, safety neurons, the shift of activation in fine-tuning.
+- `lens`: what each layer would answer. `contributions`: what each head and MLP adds to the answer.
+- `attention`: where tokens look. `likelihood`: how probable texts are. `gradients`: which way training would pull.
+
+`_linear` holds the float64 algebra on captured tensors.
+"""

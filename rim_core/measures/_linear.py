@@ -19,7 +19,8 @@ def dot(values: Tensor, vectors: Tensor) -> Tensor:
     """Products of `[..., d]` with `[d]`, or of `[..., layer, d]` with `[layer, d]`, float64."""
     if vectors.ndim == 1:
         return times(values, vectors[:, None])[..., 0]
-    return torch.stack([dot(*pair) for pair in zip(values.unbind(-2), vectors, strict=True)], dim=-1)
+    parts = zip(values.unbind(-vectors.ndim), vectors, strict=True)
+    return torch.stack([dot(*pair) for pair in parts], dim=1 - vectors.ndim)
 
 
 def times(values: Tensor, matrix: Tensor) -> Tensor:
@@ -45,36 +46,16 @@ def normalised(direction: Tensor, name: str) -> Tensor:
     return vectors / lengths
 
 
-def as_tensor(values: Any, name: str) -> Tensor:
-    """A tensor as it is, or an array or lists of real numbers as one; raises `InputError` for anything else."""
-    if isinstance(values, Tensor):
-        return values
-    try:
-        array = np.asarray(values)
-        if array.dtype.kind in "biuf":
-            # Torch reads neither negative strides nor foreign byte orders nor long doubles.
-            kind = "f8" if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-            return torch.tensor(np.ascontiguousarray(array, dtype=kind).reshape(array.shape))
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass
-    raise InputError(f"{name} must be a tensor or an array of real numbers, not {checking.shown(values)}")
-
-
-def checked(values: Any, name: str, at_least: int = 1) -> Tensor:
-    """The values on the CPU, if they are floating-point, finite, and have `at_least` axes; NumPy's as a tensor."""
-    tensor = as_tensor(values, name).detach().cpu()
-    if not tensor.is_floating_point() or tensor.ndim < at_least or 0 in tensor.shape:
-        raise InputError(
-            f"{name} is {tensor.dtype} {shape_of(tensor)}; give activations with {at_least} or more axes, none empty"
-        )
-    if not tensor.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity; capture in float32 or drop those prompts")
-    return tensor
-
-
-def shape_of(tensor: Tensor) -> str:
-    """The shape as error messages show it."""
-    return str(list(tensor.shape))
+def checked(values: Any, name: str, shape: Sequence[int | str] | None = None) -> Tensor:
+    """Floating-point, finite values as a tensor on the CPU; `name` begins the line of an `InputError`."""
+    given = checking.array(values, name, shape=shape)
+    if isinstance(given, np.ndarray):
+        # Torch reads neither negative strides nor foreign byte orders nor long doubles.
+        kind = "f8" if given.dtype.itemsize > 8 else given.dtype.newbyteorder("=")
+        given = torch.tensor(np.ascontiguousarray(given, dtype=kind).reshape(given.shape))
+    if not given.is_floating_point():
+        raise InputError(f"{name} holds {given.dtype}; give activations, which are floating-point numbers")
+    return given.cpu()
 
 
 def principal(parts: Sequence[Tensor], rows: Ints | None = None, rank: int | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""Safety-critical neurons, and how fine-tuning moves activation from safety to a task (paper A: A.4 and A.5).
+"""Neurons that differ, safety-critical ones, and how fine-tuning moves activation from safety to a task.
+
+`safety_neurons` and `activation_shift` are paper A's (A.4 and A.5), `neurons_above` is paper C's (section III.D).
 
 Activations are `rim.capture(model, texts, "mlp_neurons")["mlp_neurons"]`, `[prompt, layer, d_mlp]`: the inputs of the
 MLPs' down projections at the last position. Neurons are named `(layer, neuron)`, as `ablate` takes them.
@@ -14,16 +16,18 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rim_core import stats
+from rim_core import checking, stats
 from rim_core.errors import InputError
+from rim_core.measures._linear import checked
 from rim_core.stats import Floats, Interval
-from rim_core.tables import interval_frame
+from rim_core.tables import by_layer, interval_frame
 
 if TYPE_CHECKING:
     import altair as alt
 
 Neuron = tuple[int, int]
 
+AXES = ("prompt", "layer", "d_mlp")
 AGGREGATORS = ("harmonic", "arithmetic", "geometric", "ratio")
 PERMUTATIONS = 200
 RESAMPLES = 1000
@@ -83,23 +87,19 @@ class SafetyNeurons:
         """Draw the weighted number of neurons by layer beside the middle 95 % of the permuted ones."""
         from rim_core import charts
 
-        low, high = np.percentile(self.null_weighted, [2.5, 97.5], axis=0)
-        null = self.null_weighted.mean(0)
-        lines = {"found": (self.weighted,) * 3, "permuted signs": (null, low, high)}
-        frame = pd.concat(
-            pd.DataFrame({"layer": range(len(null)), "series": name, "neurons": value, "low": a, "high": b})
-            for name, (value, a, b) in lines.items()
-        )
+        found = Interval(self.weighted, self.weighted, self.weighted, self.n_prompts)
+        drawn = self.null_weighted
+        null = stats.percentiles(np.vstack([drawn.mean(0, keepdims=True), drawn]), len(drawn), "permuted signs")
         return charts.by_layer(
-            frame,
-            "neurons",
+            by_layer({"found": found, "permuted signs": null}),
+            "estimate",
             series="series",
             title=title,
             y_title="neurons, weighed by consistency",
             description=(
                 f"Neurons among the top {self.top} of their layer in all {self.n_sets} sets: {self.size} over "
                 f"{len(self.mask)} layers, {self.weighted.sum():.1f} weighed by how consistently they rise, most in "
-                f"layer {self.weighted.argmax()}; with permuted signs {null.sum():.1f} on average "
+                f"layer {self.weighted.argmax()}; with permuted signs {null.estimate.sum():.1f} on average "
                 f"(p = {self.p_value:.2g})."
             ),
         )
@@ -124,14 +124,39 @@ class ActivationShift:
     n_neurons: int
 
     def to_frame(self) -> pd.DataFrame:
-        """Give three rows ("score", "lost", "gained"): quantity, value, low, high, n_neurons, aggregator."""
+        """Give three rows ("score", "lost", "gained"): quantity, estimate, low, high, n, n_neurons, aggregator."""
         found = {(name,): getattr(self, name) for name in ("score", "lost", "gained")}
-        frame = interval_frame(found, ("quantity",), "value").drop(columns="n")
-        return frame.assign(n_neurons=self.n_neurons, aggregator=self.aggregator)
+        return interval_frame(found, ("quantity",)).assign(n_neurons=self.n_neurons, aggregator=self.aggregator)
+
+
+def neurons_above(source: ArrayLike | Tensor, destination: ArrayLike | Tensor, *, factor: float = 1.0) -> list[Neuron]:
+    """Give the neurons whose mean difference between two sets of prompts is above `factor` times their layer's mean.
+
+    Paper C, section III.D: neurons with an above-mean activation difference.
+
+    Args:
+        source, destination: activations of two sets of prompts, `[prompt, layer, d_mlp]`.
+        factor: of the layer's mean absolute difference.
+
+    Returns:
+        `(layer, neuron)`, ascending, as `patch(units=...)` and `ablate(neurons=...)` take them.
+
+    Raises:
+        InputError: shapes that differ in more than the prompts, or values that are not finite.
+
+    Example:
+        >>> import torch
+        >>> rim.neurons_above(torch.tensor([[[0.0, 3.0, 0.1]]]), torch.zeros(2, 1, 3))
+        [(0, 1)]
+    """
+    first = checked(source, "neurons_above: source", AXES)
+    second = checked(destination, "neurons_above: destination", ("prompt", *first.shape[1:]))
+    gap = (first.double().mean(0) - second.double().mean(0)).abs()
+    return neuron_list(gap > factor * gap.mean(dim=-1, keepdim=True))
 
 
 def safety_neurons(
-    original: "ArrayLike | Tensor", counterfactuals: "Sequence[ArrayLike | Tensor]", share: float = 0.01, seed: int = 0
+    original: ArrayLike | Tensor, counterfactuals: Sequence[ArrayLike | Tensor], *, share: float = 0.01, seed: int = 0
 ) -> SafetyNeurons:
     """Find the neurons that rise most on forced-refusal counterfactuals, in every set of them (paper A, A.4).
 
@@ -147,21 +172,24 @@ def safety_neurons(
 
     Raises:
         InputError: no set, shapes that differ, fewer than two prompts, values not finite, or a share outside 0 to 1.
+
+    Example:
+        One neuron that rises in both sets:
+
+        >>> import torch
+        >>> original = torch.randn(8, 2, 50)
+        >>> rewritten = [original + 0.1 * torch.randn(8, 2, 50) for _ in range(2)]
+        >>> for each in rewritten: each[:, 1, 7] += 2
+        >>> (1, 7) in rim.safety_neurons(original, rewritten, share=0.02).neurons
+        True
     """
     before = _activations(original, "safety_neurons: original")
     if isinstance(counterfactuals, Tensor | np.ndarray) and counterfactuals.ndim == 3:
         raise InputError("safety_neurons: counterfactuals is one set; give a list of sets")
-    sets = [_activations(found, f"safety_neurons: set {k}") for k, found in enumerate(counterfactuals)]
+    sets = [_activations(found, f"safety_neurons: set {k}", before) for k, found in enumerate(counterfactuals)]
     if not sets:
         raise InputError("safety_neurons: no counterfactual set was given; give at least one")
-    for k, found in enumerate(sets):
-        if found.shape != before.shape:
-            raise InputError(
-                f"safety_neurons: set {k} is {tuple(found.shape)}, the original {tuple(before.shape)}; give the same "
-                "prompts in the same order"
-            )
-    if not 0 < share < 1:
-        raise InputError(f"safety_neurons: share is {share}; give a share of each layer between 0 and 1")
+    checking.number(share, "safety_neurons: share", above=0, below=1)
     n_prompts, n_layers, width = before.shape
     top = max(1, round(share * width))
     differences = torch.stack([found - before for found in sets], dim=1).flatten(1)
@@ -200,16 +228,31 @@ def safety_neurons(
     )
 
 
-def neuron_list(mask: "ArrayLike | Tensor") -> list[Neuron]:
-    """Give a mask `[layer, d_mlp]` as the list of its `(layer, neuron)`, ascending."""
+def neuron_list(mask: ArrayLike | Tensor) -> list[Neuron]:
+    """Give a boolean mask `[layer, d_mlp]` as the list of its `(layer, neuron)`, ascending.
+
+    Example:
+        >>> import numpy as np
+        >>> rim.neurons.neuron_list(np.eye(2, dtype=bool))
+        [(0, 0), (1, 1)]
+    """
     return [(int(layer), int(neuron)) for layer, neuron in zip(*np.nonzero(_mask(mask)), strict=True)]
 
 
-def random_like(mask: "ArrayLike | Tensor", seed: int = 0) -> list[Neuron]:
+def random_like(mask: ArrayLike | Tensor, *, seed: int = 0) -> list[Neuron]:
     """Give as many random neurons in each layer as the mask has there, none of them in the mask: the control.
+
+    Args:
+        mask: boolean `[layer, d_mlp]`, as `SafetyNeurons.mask`.
+        seed: of the draw.
 
     Raises:
         InputError: not a boolean mask `[layer, d_mlp]`, or a layer with more neurons in the mask than outside.
+
+    Example:
+        >>> import numpy as np
+        >>> [layer for layer, _ in rim.neurons.random_like(np.eye(2, 50, dtype=bool))]
+        [0, 1]
     """
     given = _mask(mask)
     rng = stats.derive_generator(seed, "neurons", "random_like")
@@ -226,11 +269,12 @@ def random_like(mask: "ArrayLike | Tensor", seed: int = 0) -> list[Neuron]:
 
 
 def activation_shift(
-    before_safety: "ArrayLike | Tensor",
-    after_safety: "ArrayLike | Tensor",
-    before_task: "ArrayLike | Tensor",
-    after_task: "ArrayLike | Tensor",
+    before_safety: ArrayLike | Tensor,
+    after_safety: ArrayLike | Tensor,
+    before_task: ArrayLike | Tensor,
+    after_task: ArrayLike | Tensor,
     neurons: Sequence[Neuron],
+    *,
     aggregator: Literal["harmonic", "arithmetic", "geometric", "ratio"] = "harmonic",
     eps: float = 0.1,
     seed: int = 0,
@@ -259,17 +303,25 @@ def activation_shift(
     Raises:
         InputError: shapes that differ, fewer than two prompts, values not finite, no neurons or neurons that do
             not exist, an unknown aggregator, eps not above 0, or neurons that were all silent before.
+
+    Example:
+        A neuron that halves on safety prompts and doubles on the task's:
+
+        >>> import torch
+        >>> before = torch.ones(6, 1, 1)
+        >>> found = rim.activation_shift(before, before / 2, before, before * 2, [(0, 0)], aggregator="ratio", eps=1e-9)
+        >>> round(found.lost.estimate, 3), round(found.gained.estimate, 3), round(found.score.estimate, 3)
+        (0.5, 1.0, 0.5)
     """
-    if aggregator not in AGGREGATORS:
-        raise InputError(f"activation_shift: no aggregator {aggregator!r}; use one of {', '.join(AGGREGATORS)}")
-    if not eps > 0:
-        raise InputError(f"activation_shift: eps is {eps}; give a number above 0")
+    checking.one_of(aggregator, AGGREGATORS, "activation_shift: aggregator")
+    checking.number(eps, "activation_shift: eps", above=0)
     lost, n_safety = _shift(before_safety, after_safety, neurons, eps, -1, seed, "safety")
     gained, n_task = _shift(before_task, after_task, neurons, eps, 1, seed, "task")
+    over = "percentile bootstrap over prompts"
     return ActivationShift(
-        score=_interval(_join(lost, gained, aggregator), n_safety + n_task),
-        lost=_interval(lost, n_safety),
-        gained=_interval(gained, n_task),
+        score=stats.percentiles(_join(lost, gained, aggregator), n_safety + n_task, over),
+        lost=stats.percentiles(lost, n_safety, over),
+        gained=stats.percentiles(gained, n_task, over),
         aggregator=aggregator,
         n_neurons=len(neurons),
     )
@@ -280,12 +332,7 @@ def _shift(
 ) -> tuple[Floats, int]:
     """Mean relative growth (`sign` 1) or fall (-1), of the sample and of each resample, and the number of prompts."""
     first = _activations(before, f"activation_shift: before_{what}")
-    second = _activations(after, f"activation_shift: after_{what}")
-    if first.shape != second.shape:
-        raise InputError(
-            f"activation_shift: before_{what} is {tuple(first.shape)}, after_{what} {tuple(second.shape)}; give the "
-            "same prompts"
-        )
+    second = _activations(after, f"activation_shift: after_{what}", first)
     chosen = np.array(neurons, dtype=np.int64).reshape(-1, 2)
     if not len(chosen) or (chosen < 0).any() or (chosen >= first.shape[1:]).any():
         raise InputError(
@@ -315,22 +362,11 @@ def _join(lost: Floats, gained: Floats, aggregator: str) -> Floats:
     return np.divide(2 * lost * gained, total, out=np.zeros(len(lost)), where=total > 0)
 
 
-def _interval(values: Floats, n: int) -> Interval:
-    """The first value is the estimate, the others are its resamples; undefined ones are left out."""
-    defined = values[1:][~np.isnan(values[1:])]
-    low, high = np.percentile(defined, [2.5, 97.5]) if defined.size else (np.nan, np.nan)
-    return Interval(float(values[0]), float(low), float(high), n, 0.95, "percentile bootstrap over prompts")
-
-
-def _activations(values: Any, name: str) -> Tensor:
-    try:
-        given = torch.as_tensor(values).detach().to("cpu", torch.float32)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} is no array: give rim.capture(model, texts, 'mlp_neurons')['mlp_neurons']") from None
-    if given.ndim != 3 or len(given) < 2 or 0 in given.shape:
-        raise InputError(f"{name} is {tuple(given.shape)}; give [prompt, layer, d_mlp] with at least two prompts")
-    if not torch.isfinite(given).all():
-        raise InputError(f"{name} holds NaN or infinity: capture it in float32 or drop those prompts")
+def _activations(values: Any, name: str, like: Tensor | None = None) -> Tensor:
+    """Activations of two prompts or more as float32 on the CPU, `[prompt, layer, d_mlp]`, of the shape of `like`."""
+    given = checked(values, name, AXES if like is None else tuple(like.shape)).float()
+    if len(given) < 2:
+        raise InputError(f"{name} is of a single prompt; give at least two")
     return given
 
 

@@ -1,33 +1,34 @@
 """Linear probes by layer, with a leak-free split, intervals, and controls that give accuracy a meaning.
 
 The published probe is paper C, section III.A: a 70:30 split, scikit-learn's StandardScaler, L2-regularised
-logistic regression, shuffled labels as a control and the cosine of adjacent layers' weights. Here the split
-comes before any statistic and can be by group, and every number has an interval and a null.
+logistic regression, and shuffled labels as a control. Here the split comes before any statistic and can be by
+group, every number has an interval, and what the words alone give away is measured on the same split.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.special
-import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from sklearn.preprocessing import StandardScaler
 
-from rim_core import stats
+from rim_core import checking, stats
 from rim_core.errors import InputError
-from rim_core.stats import Floats, Groups, Ints
+from rim_core.stats import Floats, Groups, Interval, Ints
+from rim_core.tables import by_layer
 
 if TYPE_CHECKING:
     import altair as alt
 
-CONTROLS = ("shuffled", "random_features")
+CONTROLS = ("shuffled", "random_features", "bag_of_words", "length")
 SOLVER_TOLERANCE = 1e-8
 # A fit counts as converged when no component of the mean loss's gradient exceeds this.
 GRADIENT_LIMIT = 1e-6
@@ -58,13 +59,20 @@ class LayerProbes:
     converged: NDArray[np.bool_]
     test_labels: Ints
 
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each test prompt is classified correctly, `[layer, test]`."""
+        return (self.decision_values > 0) == (self.test_labels == 1)
+
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult(LayerProbes):
     """The probes of all layers with their controls and their split.
 
     Attributes:
-        controls: the same measurements for each control, by name.
+        controls: the same measurements for each control, by name. Those of the texts are one probe, repeated
+            for each layer.
+        differences: the probe's accuracy minus each control's, paired by test prompt, by name: `[layer]` each.
         train, test: indices of the prompts on either side of the split.
         test_groups: the groups of the test prompts, numbered in order of appearance, `[test]`; or None.
         majority: test accuracy of always answering the label more frequent in training: what a probe has
@@ -73,6 +81,7 @@ class ProbeResult(LayerProbes):
     """
 
     controls: Mapping[str, LayerProbes]
+    differences: Mapping[str, Interval]
     train: Ints
     test: Ints
     test_groups: Ints | None
@@ -89,25 +98,16 @@ class ProbeResult(LayerProbes):
         """Prompts tested on."""
         return len(self.test)
 
-    def to_frame(self) -> pd.DataFrame:
-        """Give a row for each layer and series: layer, series, accuracy, low, high, converged."""
+    def to_frame(self, measure: Literal["accuracy", "difference"] = "accuracy") -> pd.DataFrame:
+        """Give a row for each layer and series: layer, series, estimate, low, high, n, and for accuracy converged.
+
+        Series of the accuracy are "probe" and the controls; of the difference the controls it is taken from.
+        """
+        if checking.one_of(measure, ("accuracy", "difference"), "measure") == "difference":
+            return by_layer(self.differences)
         series: dict[str, LayerProbes] = {"probe": self, **self.controls}
-        return pd.concat(
-            [
-                pd.DataFrame(
-                    {
-                        "layer": np.arange(len(probes.accuracy)),
-                        "series": name,
-                        "accuracy": probes.accuracy,
-                        "low": probes.low,
-                        "high": probes.high,
-                        "converged": probes.converged,
-                    }
-                )
-                for name, probes in series.items()
-            ],
-            ignore_index=True,
-        )
+        frame = by_layer({name: Interval(p.accuracy, p.low, p.high, self.n_test) for name, p in series.items()})
+        return frame.assign(converged=np.concatenate([probes.converged for probes in series.values()]))
 
     def plot(self, title: str = "Probe accuracy by layer") -> "alt.LayerChart":
         """Draw accuracy over layers with the controls; the reference line is the majority baseline."""
@@ -117,7 +117,7 @@ class ProbeResult(LayerProbes):
         controls = "; ".join(f"{name} {c.accuracy.mean():.2f}" for name, c in self.controls.items())
         return charts.by_layer(
             self.to_frame(),
-            "accuracy",
+            "estimate",
             series="series",
             title=title,
             y_title=f"accuracy on {self.n_test} held-out prompts",
@@ -130,82 +130,14 @@ class ProbeResult(LayerProbes):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Similarity:
-    """How alike the probes of layers l and l + 1 are.
-
-    Attributes:
-        value: -1 to 1, `[layer - 1]`; NaN where a probe has no direction at all.
-        low, high: ends of its 95 % interval, `[layer - 1]`; NaN where a single cosine has none.
-    """
-
-    value: Floats
-    low: Floats
-    high: Floats
-
-
-@dataclass(frozen=True, eq=False)
-class AdjacentSimilarity:
-    """Similarity of adjacent layers' probes, by measure and series.
-
-    Attributes:
-        measures: measure -> series -> `Similarity`. Measures are those of `adjacent_similarity`; series are
-            "probe", and its nulls "shuffled" and "random_directions".
-    """
-
-    measures: Mapping[str, Mapping[str, Similarity]]
-
-    def to_frame(self) -> pd.DataFrame:
-        """Give a row a pair of layers: layer (the lower one), measure, series, similarity, low, high."""
-        return pd.concat(
-            [
-                pd.DataFrame(
-                    {
-                        "layer": np.arange(len(similarity.value)),
-                        "measure": measure,
-                        "series": series,
-                        "similarity": similarity.value,
-                        "low": similarity.low,
-                        "high": similarity.high,
-                    }
-                )
-                for measure, by_series in self.measures.items()
-                for series, similarity in by_series.items()
-            ],
-            ignore_index=True,
-        )
-
-    def plot(self, measure: str = "decision_correlation", title: str | None = None) -> "alt.LayerChart":
-        """Draw one measure over layers beside its nulls.
-
-        Raises:
-            InputError: a measure this result does not hold.
-        """
-        from rim_core import charts
-
-        if measure not in self.measures:
-            raise InputError(f"adjacent_similarity: no measure {measure!r}; use one of {sorted(self.measures)}")
-        words = measure.replace("_", " ")
-        means = "; ".join(
-            f"{series} {np.nanmean(similarity.value):.2f}" for series, similarity in self.measures[measure].items()
-        )
-        frame = self.to_frame()
-        return charts.by_layer(
-            frame[frame["measure"] == measure],
-            "similarity",
-            series="series",
-            title=title or f"Adjacent layers: {words}",
-            y_title=words,
-            description=f"Similarity of each layer's probe to the next layer's ({words}); means: {means}.",
-            chance=0.0,
-        )
-
-
 def probe_layers(
-    features: "ArrayLike | Any",
-    labels: "ArrayLike | Any",
+    features: ArrayLike | Any,
+    labels: ArrayLike | Any,
+    *,
     groups: Groups = None,
-    controls: Sequence[str] = CONTROLS,
+    texts: Sequence[str] | None = None,
+    controls: Sequence[str] | None = None,
+    positive: Any = None,
     seed: int = 0,
     test_size: float = 0.3,
     C: float = 1.0,
@@ -217,133 +149,91 @@ def probe_layers(
     groups it is random and stratified, as published (paper C, section III.A). With groups no group is on
     both sides, so that recognising a topic cannot pass for recognising the label.
 
-    The controls: "shuffled" permutes the labels within each side of the split (the published control; the
-    control task of Hewitt & Liang 2019), one permutation for all layers; "random_features" keeps the labels
-    and replaces the features by Gaussian noise of the same shape (scale is moot after standardising).
+    Controls without information: "shuffled" permutes the labels within each side of the split (the published
+    control; the control task of Hewitt & Liang 2019), one permutation for all layers; "random_features" keeps the
+    labels and replaces the features by Gaussian noise of the same shape (scale is moot after standardising).
+    Controls without a model, which show what the texts alone give away: "bag_of_words" is the same probe on the
+    counts of the words of the training prompts, "length" on the numbers of words and of characters.
 
-    Intervals are Clopper-Pearson over test prompts. With groups they are a bootstrap over test groups, and
-    at each end no tighter than Clopper-Pearson: a bootstrap of a perfect score has no width.
+    Intervals are Clopper-Pearson over test prompts, and Newcombe's paired ones for the differences. With groups
+    they are a bootstrap over test groups, and at each end no tighter than these: a bootstrap of a perfect score
+    has no width.
 
     Args:
         features: `[prompt, layer, d]`, array or tensor, finite.
-        labels: `[prompt]` of 0 and 1.
+        labels: `[prompt]` of 0 and 1, or of any two values of which `positive` is named.
         groups: `[prompt]` of what must not be split (category, pair), or None.
-        controls: any of "shuffled" and "random_features".
+        texts: `[prompt]`, what the controls of the texts read.
+        controls: any of "shuffled", "random_features", "bag_of_words" and "length". By default the first two, and
+            "bag_of_words" where texts are given.
+        positive: the label that counts as 1; the other one counts as 0.
         seed: of the split, the permutation, the noise and the bootstrap.
         test_size: share of prompts (with groups: of groups) held out. Published: 0.3.
         C: inverse strength of the L2 penalty, scikit-learn's default; not stated by the paper.
         max_iter: the optimiser's limit; fits that reach it are False in `converged`.
 
     Raises:
-        InputError: wrong shapes, features not finite, labels other than 0 and 1 or of one kind only, or too
-            few prompts or groups to have both labels on both sides.
+        InputError: wrong shapes, features not finite, labels of other than two kinds, an unknown control or one of
+            the texts without texts, or too few prompts or groups to have both labels on both sides.
+
+    Example:
+        Two layers, of which the second holds the label:
+
+        >>> import numpy as np
+        >>> labels = np.tile(["risky", "safe"], 40)
+        >>> features = np.random.default_rng(0).normal(size=(80, 2, 8))
+        >>> features[:, 1, 0] += 5 * (labels == "risky")
+        >>> found = rim.probe_layers(features, labels, positive="risky", groups=np.arange(80) // 4)
+        >>> bool(found.accuracy[1] > 0.9), bool(found.low[0] < 0.5)
+        (True, True)
+        >>> found.differences["shuffled"].low[1] > 0
+        True
     """
-    data, y, codes = _checked(features, labels, groups)
-    unknown = sorted(set(controls) - set(CONTROLS))
-    if unknown:
-        raise InputError(f"probe_layers: no control {unknown[0]!r}; use any of {', '.join(CONTROLS)}")
-    if not (0 < test_size < 1 and C > 0 and max_iter >= 1):
-        raise InputError(
-            f"probe_layers: test_size={test_size}, C={C}, max_iter={max_iter}; "
-            "need 0 < test_size < 1, C > 0, max_iter >= 1"
-        )
+    data, y, codes = _checked(features, labels, positive, groups)
+    if controls is None:
+        controls = CONTROLS[: 2 if texts is None else 3]
+    for name in controls:
+        checking.one_of(name, CONTROLS, "probe_layers: control")
+    checking.number(test_size, "probe_layers: test_size", above=0, below=1)
+    checking.number(C, "probe_layers: C", above=0)
+    checking.whole(max_iter, "probe_layers: max_iter", 1)
     train, test = _split(y, codes, test_size, stats.derive_generator(seed, "probes", "split"))
     shuffler = stats.derive_generator(seed, "probes", "shuffled")
-    targets = {"probe": (y[train], y[test]), "random_features": (y[train], y[test])}
-    targets["shuffled"] = (shuffler.permutation(y[train]), shuffler.permutation(y[test]))
+    shuffled = shuffler.permutation(y[train]), shuffler.permutation(y[test])
+    n_layers = data.shape[1]
 
     fits: dict[str, list[_Fit]] = {name: [] for name in ("probe", *controls)}
-    for layer in range(data.shape[1]):
+    for name in {"bag_of_words", "length"}.intersection(fits):
+        counted = _counted(texts, train, name, len(y))
+        fits[name] = [_TrainingSpan(counted[train], counted[test]).fit(y[train], C, max_iter)] * n_layers
+    for layer in range(n_layers):
         span = _TrainingSpan(data[train, layer], data[test, layer])
-        for name in fits:
-            if name == "random_features":
-                rng = stats.derive_generator(seed, "probes", "random_features", layer)
-                noise = rng.standard_normal((len(y), data.shape[2]), dtype=np.float32)
-                noise_span = _TrainingSpan(noise[train], noise[test])
-                fits[name].append(noise_span.fit(targets[name][0], C, max_iter))
-            else:
-                fits[name].append(span.fit(targets[name][0], C, max_iter))
+        fits["probe"].append(span.fit(y[train], C, max_iter))
+        if "shuffled" in fits:
+            fits["shuffled"].append(span.fit(shuffled[0], C, max_iter))
+        if "random_features" in fits:
+            rng = stats.derive_generator(seed, "probes", "random_features", layer)
+            noise = rng.standard_normal((len(y), data.shape[2]), dtype=np.float32)
+            fits["random_features"].append(_TrainingSpan(noise[train], noise[test]).fit(y[train], C, max_iter))
 
     test_codes = None if codes is None else codes[test]
-    measured = {name: _measure(found, targets[name][1], test_codes, seed) for name, found in fits.items()}
+    measured = {
+        name: _measure(found, shuffled[1] if name == "shuffled" else y[test], test_codes, seed)
+        for name, found in fits.items()
+    }
+    probe = measured.pop("probe")
     majority = int(y[train].mean() > 0.5)
+    grouped = "" if test_codes is None else f"bootstrap over {len(np.unique(test_codes))} groups, at least "
     return ProbeResult(
-        **vars(measured.pop("probe")),
+        **vars(probe),
         controls=measured,
+        differences={name: _difference(probe, control, test_codes, seed) for name, control in measured.items()},
         train=train,
         test=test,
         test_groups=test_codes,
         majority=float((y[test] == majority).mean()),
-        interval_method=(
-            "Clopper-Pearson"
-            if test_codes is None
-            else f"bootstrap over {len(np.unique(test_codes))} groups, at least Clopper-Pearson"
-        ),
+        interval_method=f"{grouped}Clopper-Pearson",
     )
-
-
-def adjacent_similarity(
-    result: ProbeResult,
-    shared: "ArrayLike | Any | None" = None,
-    shared_shuffled: "ArrayLike | Any | None" = None,
-    seed: int = 0,
-) -> AdjacentSimilarity:
-    """Compare each layer's probe with the next layer's, as published and in ways that can tell.
-
-    - "own_basis_cosine", as published (paper C, section III.A, "persistence control"): cosine of the weight
-      vectors. Each layer's MLP neurons are a basis of their own, so this is near 0 whatever the layers
-      represent; the random-direction null shows it.
-    - "decision_correlation": Pearson correlation of the two probes' decision values over held-out prompts,
-      which needs no common basis. Two good probes of one label correlate for that reason alone, so
-    - "decision_correlation_within_label" first takes each label's mean away: what is left is whether the
-      two probes also agree on which prompts of a label are the clearer ones.
-    - "shared_space_cosine", with `shared`: cosine of directions in one space, such as each probe's neurons
-      written into the residual stream by `down_proj`.
-
-    Nulls: "shuffled" is the same measure on the shuffled-label probes (for `shared`, on `shared_shuffled`
-    if given); "random_directions" is 0 with the exact 95 % range of the cosine of two random directions.
-    Intervals of correlations are a bootstrap over held-out prompts, or over groups where the result has them.
-
-    Args:
-        result: of `probe_layers`, with its "shuffled" control and at least two layers.
-        shared: directions `[layer, d_model]` in one space, or None.
-        shared_shuffled: the same for the shuffled-label probes, or None.
-        seed: of the bootstrap.
-
-    Raises:
-        InputError: no shuffled control, fewer than two layers, or directions of another shape or not finite.
-    """
-    if "shuffled" not in result.controls:
-        raise InputError('adjacent_similarity: the result has no null; pass controls=("shuffled",) to probe_layers')
-    if len(result.accuracy) < 2:
-        raise InputError("adjacent_similarity: one layer has no neighbour; probe at least two layers")
-    if shared is None and shared_shuffled is not None:
-        raise InputError("adjacent_similarity: shared_shuffled is the null of shared; pass shared as well")
-    series: dict[str, LayerProbes] = {"probe": result, "shuffled": result.controls["shuffled"]}
-    measures = {
-        "own_basis_cosine": {
-            **{name: _cosines(probes.weights) for name, probes in series.items()},
-            "random_directions": _random_cosines(*result.weights.shape),
-        },
-        "decision_correlation": {
-            name: _correlations(probes.decision_values, result.test_groups, seed) for name, probes in series.items()
-        },
-        "decision_correlation_within_label": {
-            name: _correlations(_within_label(probes), result.test_groups, seed) for name, probes in series.items()
-        },
-    }
-    if shared is not None:
-        directions = {"probe": shared, "shuffled": shared_shuffled}
-        checked = {
-            name: _checked_directions(given, len(result.accuracy))
-            for name, given in directions.items()
-            if given is not None
-        }
-        measures["shared_space_cosine"] = {
-            **{name: _cosines(given) for name, given in checked.items()},
-            "random_directions": _random_cosines(*checked["probe"].shape),
-        }
-    return AdjacentSimilarity(measures)
 
 
 @dataclass(frozen=True)
@@ -403,21 +293,32 @@ class _TrainingSpan:
 def _measure(fits: Sequence[_Fit], labels: Ints, groups: Ints | None, seed: int) -> LayerProbes:
     decisions = np.stack([fit.decision_values for fit in fits])
     correct = (decisions > 0) == (labels == 1)
-    exact = [stats.proportion(int(hits), len(labels)) for hits in correct.sum(axis=1)]
-    low, high = np.array([i.low for i in exact]), np.array([i.high for i in exact])
-    if groups is not None:
-        ends = np.percentile(stats.resampled_means(correct.T, groups, seed=seed), [2.5, 97.5], axis=0)
-        low, high = np.minimum(low, ends[0]), np.maximum(high, ends[1])
+    found = _means(correct, [stats.proportion(int(hits), len(labels)) for hits in correct.sum(axis=1)], groups, seed)
     return LayerProbes(
-        accuracy=correct.mean(axis=1),
-        low=low,
-        high=high,
+        accuracy=found.estimate,
+        low=found.low,
+        high=found.high,
         weights=np.stack([fit.weights for fit in fits]).astype(np.float32),
         bias=np.array([fit.bias for fit in fits]),
         decision_values=decisions,
         converged=np.array([fit.converged for fit in fits]),
         test_labels=labels,
     )
+
+
+def _difference(probe: LayerProbes, control: LayerProbes, groups: Ints | None, seed: int) -> Interval:
+    right, its = probe.correct, control.correct
+    exact = [stats.paired_difference(*pair) for pair in zip(right, its, strict=True)]
+    return _means(right.astype(np.float64) - its, exact, groups, seed)
+
+
+def _means(values: NDArray, exact: Sequence[Interval], groups: Ints | None, seed: int) -> Interval:
+    """Means of `[layer, test]` over test prompts with their exact intervals, by group no tighter than a bootstrap's."""
+    low, high = np.array([each.low for each in exact]), np.array([each.high for each in exact])
+    if groups is not None:
+        found = stats.of_means(values.T, groups=groups, seed=seed)
+        low, high = np.minimum(low, found.low), np.maximum(high, found.high)
+    return Interval(values.mean(axis=1), low, high, values.shape[1], method=exact[0].method)
 
 
 def _split(y: Ints, groups: Ints | None, test_size: float, rng: np.random.Generator) -> tuple[Ints, Ints]:
@@ -458,90 +359,41 @@ def _split(y: Ints, groups: Ints | None, test_size: float, rng: np.random.Genera
     return min(usable, key=lambda split: round(imbalance(split), 1))
 
 
-def _checked(features: Any, labels: Any, groups: Groups) -> tuple[NDArray, Ints, Ints | None]:
-    data = _as_array(features)
-    if data.ndim != 3 or 0 in data.shape or data.dtype.kind not in "fiu":
-        raise InputError(
-            f"probe_layers: features are {data.dtype} {data.shape}; give numbers [prompt, layer, d] "
-            "(flatten heads into d)"
-        )
-    for layer in range(data.shape[1]):
-        if not np.isfinite(data[:, layer]).all():
-            prompts = np.flatnonzero(~np.isfinite(data[:, layer]).all(axis=1))
-            raise InputError(
-                f"probe_layers: features hold NaN or infinity at layer {layer}, first for prompt "
-                f"{prompts[0]} ({len(prompts)} prompts); capture them in float32 or drop those prompts"
-            )
-    given = _as_array(labels)
+def _checked(features: Any, labels: Any, positive: Any, groups: Groups) -> tuple[NDArray, Ints, Ints | None]:
+    """Features as NumPy's, labels as 0 and 1, and groups as numbers."""
+    given = checking.array(
+        features, "probe_layers: features", shape=("prompt", "layer", "d (flatten heads into it)"), finite=False
+    )
+    if hasattr(given, "cpu"):
+        # NumPy has no bfloat16.
+        given = given.cpu().float() if given.is_floating_point() else given.cpu()
+    data = checking.finite(np.asarray(given), "probe_layers: features", axis=1)
+    given = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if given.shape != data.shape[:1]:
+        raise InputError(f"probe_layers: labels have shape {given.shape} for {len(data)} prompts; give one a prompt")
+    kinds = sorted(set(given.tolist()), key=str)
+    if positive is None and kinds == [0, 1]:
+        positive = 1
+    if len(kinds) != 2 or positive not in kinds:
         raise InputError(
-            f"probe_layers: labels have shape {given.shape} for {len(data)} prompts; give one label a prompt"
+            f"probe_layers: labels hold {checking.shown(kinds)}; give 0 and 1, or two others and which one counts as "
+            "1 as positive="
         )
-    values = {str(value) for value in np.unique(given)}
-    if not np.isin(given, [0, 1]).all():
-        raise InputError(f"probe_layers: labels hold {sorted(values)[:4]}; use 0 and 1")
-    y = given.astype(np.int64)
-    if len(values) < 2:
-        raise InputError(f"probe_layers: every label is {y[0]}; a probe needs prompts of both kinds")
+    y = (given == positive).astype(np.int64)
     return data, y, None if groups is None else stats.group_codes(groups, len(y))
 
 
-def _as_array(values: Any) -> NDArray:
-    """Give a numpy array; a float tensor comes back as float32, since numpy has no bfloat16."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        return np.asarray(values.float() if values.is_floating_point() else values)
+def _counted(texts: Sequence[str] | None, train: Ints, name: str, n: int) -> NDArray:
+    """What a control of the texts reads, `[prompt, feature]`: counts of the training prompts' words, or lengths."""
+    if texts is None:
+        raise InputError(f"probe_layers: the control {name!r} reads the prompts; pass them as texts=")
+    given = checking.listed(texts, "probe_layers: texts")
+    if len(given) != n or not all(isinstance(text, str) for text in given):
+        raise InputError(f"probe_layers: texts must be {n} texts, one a prompt, not {checking.shown(texts)}")
+    if name == "length":
+        return np.array([[len(text.split()), len(text)] for text in given])
     try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise InputError("probe_layers: ragged lists are no array; give equal lengths throughout") from error
-
-
-def _cosines(directions: NDArray) -> Similarity:
-    given = directions.astype(np.float64)
-    norms = np.linalg.norm(given, axis=1)
-    dots = (given[:-1] * given[1:]).sum(axis=1)
-    sizes = norms[:-1] * norms[1:]
-    value = np.divide(dots, sizes, out=np.full(len(dots), np.nan), where=sizes > 0)
-    return Similarity(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
-
-
-def _random_cosines(n_layers: int, d: int) -> Similarity:
-    """Give the null of independent uniform directions: (1 + cosine) / 2 is Beta((d - 1) / 2, (d - 1) / 2)."""
-    end = 1.0 if d == 1 else float(2 * scipy.stats.beta.ppf(0.975, (d - 1) / 2, (d - 1) / 2) - 1)
-    pairs = n_layers - 1
-    return Similarity(np.zeros(pairs), np.full(pairs, -end), np.full(pairs, end))
-
-
-def _correlations(decisions: Floats, groups: Ints | None, seed: int) -> Similarity:
-    spread = decisions.std(axis=1, keepdims=True)
-    # Standardising first keeps the sums of squares below from cancelling.
-    z = (decisions - decisions.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, np.nan)
-    a, b = z[:-1], z[1:]
-    value = (a * b).mean(axis=1)
-    moments = np.concatenate([a, b, a * a, b * b, a * b])
-    drawn = stats.resampled_means(np.nan_to_num(moments).T, groups, n_resamples=1000, seed=seed)
-    mean_a, mean_b, aa, bb, ab = np.split(drawn, 5, axis=1)
-    variances = (aa - mean_a**2) * (bb - mean_b**2)
-    resampled = np.divide(ab - mean_a * mean_b, np.sqrt(np.abs(variances)), out=np.zeros_like(ab), where=variances > 0)
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    undefined = np.isnan(value)
-    return Similarity(value, np.where(undefined, np.nan, low), np.where(undefined, np.nan, high))
-
-
-def _within_label(probes: LayerProbes) -> Floats:
-    centred = probes.decision_values.copy()
-    for label in (0, 1):
-        members = probes.test_labels == label
-        centred[:, members] -= centred[:, members].mean(axis=1, keepdims=True)
-    return centred
-
-
-def _checked_directions(given: Any, n_layers: int) -> Floats:
-    directions = _as_array(given)
-    if directions.ndim != 2 or len(directions) != n_layers or not np.isfinite(directions).all():
-        raise InputError(
-            f"adjacent_similarity: directions {directions.shape} must be finite and [layer, d_model] with "
-            f"{n_layers} layers; pass one direction a probed layer"
-        )
-    return directions.astype(np.float64)
+        words = CountVectorizer(token_pattern=r"(?u)\b\w+\b").fit([given[row] for row in train])
+    except ValueError:
+        raise InputError("probe_layers: the training prompts' texts hold no word to count") from None
+    return words.transform(given).toarray()

@@ -13,9 +13,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from rim_core import stats
+from rim_core import checking, stats
 from rim_core.errors import InputError
-from rim_core.measures._linear import checked, principal, shape_of, slices, times
+from rim_core.measures._linear import checked, principal, slices, times
 from rim_core.stats import Floats, Groups, Interval, Ints
 from rim_core.tables import interval_frame
 
@@ -61,7 +61,7 @@ class Rotation:
             InputError: another width than d.
         """
         if x.shape[-1] != len(self.basis):
-            raise InputError(f"Rotation.apply: x is {shape_of(x)}; the rotation is of {len(self.basis)} dimensions")
+            raise InputError(f"Rotation.apply: x is {list(x.shape)}; the rotation is of {len(self.basis)} dimensions")
         basis = self.basis.to(x.device)
         flat = x.reshape(-1, x.shape[-1])
         turned = [
@@ -72,8 +72,8 @@ class Rotation:
         return torch.cat(turned).reshape(x.shape)
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row a series: rank, series, residual, low, high, n."""
-        return _frame({self.rank: self.residuals})
+        """Give a row a series: rank, series, estimate (the residual), low, high, n."""
+        return RankScan({self.rank: self.residuals}).to_frame()
 
     def plot(self, title: str = "Does a rotation carry one model's activations to the other's?") -> "alt.LayerChart":
         """Draw the residuals of the rotation and its controls."""
@@ -91,8 +91,9 @@ class RankScan:
     residuals: Mapping[int, Mapping[str, Interval]]
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row a rank and series: rank, series, residual, low, high, n."""
-        return _frame(self.residuals)
+        """Give a row a rank and series: rank, series, estimate (the residual), low, high, n."""
+        found = {(rank, name): each for rank, series in self.residuals.items() for name, each in series.items()}
+        return interval_frame(found, ("rank", "series"))
 
     def plot(self, title: str = "How many dimensions does the rotation need?") -> "alt.LayerChart":
         """Draw the residuals by rank, side by side for the rotation and its controls."""
@@ -101,7 +102,13 @@ class RankScan:
 
 
 def procrustes(
-    source: Tensor, target: Tensor, rank: int | None = None, holdout: float = 0.5, groups: Groups = None, seed: int = 0
+    source: Tensor,
+    target: Tensor,
+    *,
+    rank: int | None = None,
+    holdout: float = 0.5,
+    groups: Groups = None,
+    seed: int = 0,
 ) -> Rotation:
     """Fit the orthogonal map from one model's activations to another's, and score it on held-out prompts.
 
@@ -123,6 +130,17 @@ def procrustes(
     Raises:
         InputError: shapes that differ or are not `[prompt, d]`, values that are not finite, fewer than two prompts
             or groups on a side, or a rank larger than the row space.
+
+    Example:
+        Two models of which the second is the first, turned:
+
+        >>> import torch
+        >>> source, turn = torch.randn(40, 6), torch.linalg.qr(torch.randn(6, 6))[0]
+        >>> found = rim.procrustes(source, source @ turn)
+        >>> bool(found.residuals["rotation"].estimate < 1e-5 < found.gain.low)
+        True
+        >>> torch.allclose(found.apply(source), source @ turn, atol=1e-4)
+        True
     """
     alignment = _Alignment(source, target, rank, holdout, groups, seed)
     turn, residuals, gain = alignment.score(alignment.basis.shape[1])
@@ -130,7 +148,7 @@ def procrustes(
 
 
 def procrustes_ranks(
-    source: Tensor, target: Tensor, ranks: Sequence[int], holdout: float = 0.5, groups: Groups = None, seed: int = 0
+    source: Tensor, target: Tensor, ranks: Sequence[int], *, holdout: float = 0.5, groups: Groups = None, seed: int = 0
 ) -> RankScan:
     """Give the residuals of `procrustes` for several ranks, on one split and one set of principal directions.
 
@@ -142,9 +160,15 @@ def procrustes_ranks(
 
     Raises:
         InputError: as `procrustes`, or no rank.
+
+    Example:
+        >>> import torch
+        >>> source = torch.randn(40, 6)
+        >>> scan = rim.procrustes_ranks(source, source.roll(1, dims=1), [1, 6])
+        >>> scan.residuals[6]["rotation"].estimate < scan.residuals[1]["rotation"].estimate
+        True
     """
-    if not ranks or min(ranks) < 1:
-        raise InputError(f"procrustes_ranks: ranks are {list(ranks)}; give ranks of at least 1, such as [1, 4, 16]")
+    ranks = checking.whole_numbers(ranks, "procrustes_ranks: ranks", 1)
     alignment = _Alignment(source, target, max(ranks), holdout, groups, seed)
     return RankScan({rank: alignment.score(rank)[1] for rank in sorted(set(ranks))})
 
@@ -155,14 +179,9 @@ class _Alignment:
     def __init__(
         self, source: Tensor, target: Tensor, rank: int | None, holdout: float, groups: Groups, seed: int
     ) -> None:
-        x = checked(source, "procrustes: source", at_least=2)
-        y = checked(target, "procrustes: target", at_least=2)
-        if x.ndim != 2 or x.shape != y.shape:
-            raise InputError(
-                f"procrustes: source {shape_of(x)}, target {shape_of(y)}; give the same [prompt, d] for both"
-            )
-        self.seed, self.method = seed, "percentile bootstrap" if groups is None else "bootstrap over groups"
-        self.codes = stats.group_codes(groups, len(x))
+        x = checked(source, "procrustes: source", shape=("prompt", "d"))
+        y = checked(target, "procrustes: target", shape=tuple(x.shape))
+        self.seed, self.codes = seed, None if groups is None else stats.group_codes(groups, len(x))
         self.fit, self.held_out = stats.split(len(x), holdout, self.codes, seed, salt="procrustes")
         self.basis, _ = principal([x, y], self.fit, rank)
         if rank is not None and not 1 <= rank <= self.basis.shape[1]:
@@ -186,22 +205,19 @@ class _Alignment:
             [(x @ turn - y).square().sum(1) + outside, self.apart, (x @ haar - y).square().sum(1) + outside, self.size],
             dim=1,
         ).numpy()
-        *held, gain = self._residuals(squares, self.held_out)
-        series = dict(zip(("rotation", "identity", "random"), held, strict=True))
-        return turn, series | {"rotation, in sample": self._residuals(squares, self.fit)[0]}, gain
+        held_out, fit = self._residuals(squares, self.held_out), self._residuals(squares, self.fit)
+        series = {name: held_out[place] for place, name in enumerate(("rotation", "identity", "random"))}
+        return turn, series | {"rotation, in sample": fit[0]}, held_out[3]
 
-    def _residuals(self, squares: Floats, rows: Ints) -> list[Interval]:
+    def _residuals(self, squares: Floats, rows: Ints) -> Interval:
         """Relative residuals of rotation, identity and random turn, and how much the first gains on the second."""
-        drawn = stats.resampled_means(squares[rows], self.codes[rows], seed=self.seed)
-        # The first row is the sample itself.
-        means = np.concatenate([squares[rows].mean(0, keepdims=True), drawn])
-        residuals = np.sqrt(means[:, :-1] / means[:, -1:])
-        values = np.column_stack([residuals, residuals[:, 1] - residuals[:, 0]])
-        ends = np.percentile(values[1:], [2.5, 97.5], axis=0)
-        return [
-            Interval(float(value), float(low), float(high), len(rows), method=self.method)
-            for value, low, high in zip(values[0], *ends, strict=True)
-        ]
+
+        def of_squares(means: Floats) -> Floats:
+            residuals = np.sqrt(means[:, :-1] / means[:, -1:])
+            return np.column_stack([residuals, residuals[:, 1] - residuals[:, 0]])
+
+        codes = None if self.codes is None else self.codes[rows]
+        return stats.of_means(squares[rows], of_squares, codes, seed=self.seed)
 
 
 def _nearest_turn(x: Tensor, y: Tensor) -> Tensor:
@@ -214,24 +230,19 @@ def _nearest_turn(x: Tensor, y: Tensor) -> Tensor:
     return u[:, known] @ vh[known] + free_u @ (a @ bh) @ free_vh
 
 
-def _frame(residuals: Mapping[int, Mapping[str, Interval]]) -> pd.DataFrame:
-    found = {(rank, name): each for rank, series in residuals.items() for name, each in series.items()}
-    return interval_frame(found, ("rank", "series"), "residual")
-
-
 def _chart(frame: pd.DataFrame, title: str, label: str, series: str | None) -> "alt.LayerChart":
     from rim_core import charts
 
-    best = frame.iloc[frame["residual"].to_numpy().argmin()]
+    best = frame.iloc[frame["estimate"].to_numpy().argmin()]
     return charts.intervals(
         frame,
-        "residual",
+        "estimate",
         label=label,
         series=series,
         title=title,
         x_title="relative residual",
         description=(
             "Relative residual of mapping one model's activations to the other's; the smallest is "
-            f"{best['residual']:.3g} ({best['series']})."
+            f"{best['estimate']:.3g} ({best['series']})."
         ),
     )
