@@ -16,7 +16,9 @@ from rim_core import (
     procrustes,
     procrustes_ranks,
     project,
+    separation,
     shared_subspace,
+    stats,
     whitened_cosine,
 )
 from rim_core.errors import InputError
@@ -67,10 +69,43 @@ def test_projection_of_much_data_is_worked_in_pieces(monkeypatch):
     assert torch.allclose(project(values, direction), whole)
 
 
-def test_cosine_by_layer():
+def test_cosine_by_layer_and_of_many_with_one():
     u = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 2]])
     v = torch.tensor([[3.0, 0, 0], [0, 5, 0], [0, 0, -1]])
     assert cosine(u, v).tolist() == pytest.approx([1, 0.5**0.5, -1])
+    values = randn(4, 3, 3)
+    by_prompt = torch.stack([cosine(each, v) for each in values])
+    assert torch.equal(cosine(values, v), by_prompt)
+    assert torch.equal(cosine(v, values), by_prompt)
+    assert torch.equal(cosine(values, v[1])[:, 1], by_prompt[:, 1])
+
+
+def test_separation_is_cohens_d_of_the_projections():
+    a, b = randn(12, 3, 8) + 1, randn(9, 3, 8, seed=1)
+    direction = torch.ones(3, 8)
+    direction[0] *= -5  # the length is of no account, the sign is
+    found = separation(a, b, direction)
+    for layer in range(3):
+        scores = (project(each, direction)[:, layer].double().numpy() for each in (a, b))
+        wanted = stats.cohens_d(*scores)
+        assert found.d.estimate[layer] == pytest.approx(wanted.estimate, rel=1e-5)
+        assert (found.d.low[layer], found.d.high[layer]) == pytest.approx((wanted.low, wanted.high), rel=1e-5)
+    assert found.d.estimate[0] < 0 < found.d.estimate[1]
+    assert found.best == np.abs(found.d.estimate).argmax()
+    assert str(found).endswith(f"at layer {found.best} of 3")
+    assert list(found.to_frame()) == ["layer", "estimate", "low", "high", "n"]
+    assert found.to_frame()["n"].tolist() == [21] * 3
+    one = separation(a[:, 1], b[:, 1], direction[1])
+    assert one.d.estimate.tolist() == [found.d.estimate[1]]
+
+
+def test_a_layer_without_spread_does_not_hide_the_others():
+    a, b = randn(12, 2, 8) + 1, randn(9, 2, 8)
+    a[:, 0], b[:, 0] = 3, 1
+    found = separation(a, b, torch.ones(8))
+    assert np.isnan([found.d.estimate[0], found.d.low[0], found.d.high[0]]).all()
+    assert found.best == 1
+    assert "at layer 1" in found.plot().to_dict()["description"]
 
 
 @pytest.mark.parametrize("n", [12, 60])  # fewer and more samples than dimensions
@@ -79,7 +114,7 @@ def test_whitened_cosine_is_that_of_the_explicit_inverse(n, shrinkage):
     d = 20
     samples = randn(n, 2, d) * torch.logspace(0, 1.5, d) + 7
     u, v = randn(2, d, seed=1), randn(2, d, seed=2)
-    found = whitened_cosine(u, v, samples, shrinkage)
+    found = whitened_cosine(u, v, samples, shrinkage=shrinkage)
     for layer in range(2):
         data = samples[:, layer].numpy()
         if shrinkage == "ledoit-wolf":
@@ -90,7 +125,7 @@ def test_whitened_cosine_is_that_of_the_explicit_inverse(n, shrinkage):
         a, b = u[layer].numpy(), v[layer].numpy()
         wanted = a @ inverse @ b / np.sqrt((a @ inverse @ a) * (b @ inverse @ b))
         assert float(found[layer]) == pytest.approx(wanted, abs=1e-6)
-        assert float(whitened_cosine(u[layer], v[layer], samples[:, layer], shrinkage)) == float(found[layer])
+        assert float(whitened_cosine(u[layer], v[layer], samples[:, layer], shrinkage=shrinkage)) == float(found[layer])
 
 
 def test_whitening_takes_away_what_a_dominant_dimension_makes_alike():
@@ -169,8 +204,8 @@ def test_rank_confines_the_rotation_to_the_leading_directions():
     assert by_rank[4] < by_rank[1] / 10
     frame = scan.to_frame()
     assert set(frame["series"]) == {"rotation", "identity", "random", "rotation, in sample"}
-    assert (frame["low"] <= frame["residual"]).all()
-    assert (frame["residual"] <= frame["high"]).all()
+    assert (frame["low"] <= frame["estimate"]).all()
+    assert (frame["estimate"] <= frame["high"]).all()
 
 
 def test_a_rotation_fitted_to_noise_helps_in_sample_only():
@@ -297,10 +332,10 @@ def test_erosion_of_an_exact_mixture_is_the_mixed_fraction():
     base, instruct = stacks()
     share = torch.tensor([0.0, 0.25, 1.3], dtype=torch.float64)[:, None]
     found = erosion_fraction(base, instruct, (1 - share) * instruct + share * base)
-    assert found.fraction.value == pytest.approx([0, 0.25, 1.3], abs=1e-9)
+    assert found.fraction.estimate == pytest.approx([0, 0.25, 1.3], abs=1e-9)
     # Every resample has the same fraction, so the interval has no width.
     assert found.fraction.low == pytest.approx(found.fraction.high, abs=1e-9)
-    assert found.same_data.value == pytest.approx([0, 0.25, 1.3], abs=1e-9)
+    assert found.same_data.estimate == pytest.approx([0, 0.25, 1.3], abs=1e-9)
     assert torch.allclose(found.direction.norm(dim=-1), torch.ones(3))
 
 
@@ -312,8 +347,8 @@ def test_erosion_intervals_cover_the_fraction_and_the_projections_are_means():
     assert (found.fraction.low < [0, 0.5, 0]).all()
     assert (found.fraction.high > [0, 0.5, 0]).all()
     wanted = project(other[found.held_out], found.direction).mean(0)
-    assert found.projections["other"].value == pytest.approx(wanted.tolist(), abs=1e-5)
-    assert found.projections["instruct"].value == pytest.approx([2, 5, 9], abs=0.6)
+    assert found.projections["other"].estimate == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert found.projections["instruct"].estimate == pytest.approx([2, 5, 9], abs=0.6)
     assert not {i // 2 for i in found.fit} & {i // 2 for i in found.held_out}
     frame = found.to_frame("projection")
     assert set(frame["series"]) == {"base", "other", "instruct"}
@@ -332,12 +367,12 @@ def test_layers_below_an_adapter_have_no_erosion_and_do_not_disturb_the_others()
     base, instruct = stacks()
     instruct[:, 0] = base[:, 0]
     found = erosion_fraction(base, instruct, (base + instruct) / 2)
-    assert found.fraction.value == pytest.approx([np.nan, 0.5, 0.5], nan_ok=True)
+    assert found.fraction.estimate == pytest.approx([np.nan, 0.5, 0.5], nan_ok=True)
     assert found.fraction.low.tolist()[0] == -np.inf
     assert not found.direction[0].any()
     drawn = found.plot().to_dict()
     (rows,) = [data for data in drawn["datasets"].values() if "low" in data[0]]
-    assert rows[0]["value"] is None
+    assert rows[0]["estimate"] is None
     assert rows[0]["low"] is None
 
 
@@ -349,7 +384,7 @@ def test_a_given_direction_is_used_as_it_is():
     assert len(found.held_out) == 80
     assert len(found.fit) == 0
     assert found.same_data is None
-    assert found.fraction.value == pytest.approx([1, 1, 1])
+    assert found.fraction.estimate == pytest.approx([1, 1, 1])
 
 
 def test_charts_are_drawn():
@@ -369,24 +404,28 @@ def test_charts_are_drawn():
         (lambda: difference_in_means(torch.ones(2, 3), torch.ones(2, 4)), "only the prompts may differ"),
         (lambda: difference_in_means(torch.ones(2, 3), torch.ones(2, 3), normalise=True), "length 0"),
         (lambda: difference_in_means(torch.ones(2, 3).long(), torch.ones(2, 3)), "int64"),
-        (lambda: project(torch.full((2, 3), torch.nan), torch.ones(3)), "NaN"),
+        (lambda: project(torch.full((2, 3), torch.nan), torch.ones(3)), "values: 6 of 6 numbers are NaN or infinite"),
         (lambda: project(torch.ones(2, 3), torch.ones(4)), "do not end in"),
         (lambda: cosine(torch.ones(2, 3), torch.eye(3)[:2] * torch.tensor([[1.0], [0]])), "length 0 at index 1"),
-        (lambda: whitened_cosine(torch.ones(9), torch.ones(9), randn(4, 9), 0.0), "no inverse at shrinkage 0"),
-        (lambda: whitened_cosine(torch.ones(9), torch.ones(9), randn(4, 8)), "at least two"),
-        (lambda: procrustes(randn(8, 4), randn(8, 5)), "same \\[prompt, d\\]"),
+        (lambda: whitened_cosine(torch.ones(9), torch.ones(9), randn(4, 9), shrinkage=0), "no inverse at shrinkage 0"),
+        (lambda: cosine(torch.ones(2, 3), torch.ones(2)), "do not end in the shape of v"),
+        (lambda: separation(randn(4, 2, 3), randn(4, 2, 3), torch.ones(4)), "do not end in the shape of direction"),
+        (lambda: separation(randn(1, 2, 3), randn(4, 2, 3), torch.ones(3)), "two prompts each"),
+        (lambda: separation(randn(4, 2, 3), randn(4, 3, 3), torch.ones(3)), "only the prompts may differ"),
+        (lambda: whitened_cosine(torch.ones(9), torch.ones(9), randn(4, 8)), r"give numbers \[sample, 9\]"),
+        (lambda: procrustes(randn(8, 4), randn(8, 5)), "target has shape \\[8, 5\\]; give numbers \\[8, 4\\]"),
         (lambda: procrustes(randn(3, 4), randn(3, 4)), "at least 2 are needed"),
         (lambda: procrustes(randn(8, 40), randn(8, 40, seed=1), rank=9), "rank 9 is not 1 to 8"),
-        (lambda: procrustes_ranks(randn(8, 4), randn(8, 4), []), "ranks of at least 1"),
+        (lambda: procrustes_ranks(randn(8, 4), randn(8, 4), []), "ranks: none given"),
         (lambda: procrustes(randn(8, 4), randn(8, 4, seed=1)).apply(torch.ones(5)), "4 dimensions"),
-        (lambda: principal_angles(torch.ones(3), torch.ones(3)), "axes"),
+        (lambda: principal_angles(torch.ones(3), torch.ones(3)), "give numbers \\[rank, d\\]"),
         (lambda: principal_angles(torch.zeros(1, 3), torch.ones(1, 3)), "spans nothing"),
-        (lambda: shared_subspace({}, rank=2), "data none"),
+        (lambda: shared_subspace({}, rank=2), "no data set"),
         (lambda: shared_subspace({"a": randn(6, 9)}, rank=4), "fewer than rank 4"),
         (lambda: shared_subspace({"a": randn(6, 9)}, rank=1).component_cosines("a", "z"), "no data set 'z'"),
         (lambda: erosion_fraction(*[randn(8, 2, 3)] * 3), "equal in every layer"),
-        (lambda: erosion_fraction(randn(8, 2, 3), randn(8, 2, 3), randn(8, 1, 3)), "for all three"),
-        (lambda: erosion_fraction(*[randn(8, 2, 3)] * 3, direction=torch.ones(3)), "give \\[layer, d\\]"),
+        (lambda: erosion_fraction(randn(8, 2, 3), randn(8, 2, 3), randn(8, 1, 3)), "other has shape \\[8, 1, 3\\]"),
+        (lambda: erosion_fraction(*[randn(8, 2, 3)] * 3, direction=torch.ones(3)), "give numbers \\[2, 3\\]"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line(call, says):

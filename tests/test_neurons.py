@@ -51,7 +51,7 @@ def test_planted_neurons_are_found_and_no_others():
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5])
 def test_the_intersection_is_that_of_sorted_differences(share):
     original, sets = noise(0), [noise(k) for k in (1, 2)]
-    result = safety_neurons(torch.tensor(original), [torch.tensor(s, dtype=torch.float64) for s in sets], share)
+    result = safety_neurons(torch.tensor(original), [torch.tensor(s, dtype=torch.float64) for s in sets], share=share)
     top = max(1, round(share * 40))
     for layer in range(3):
         best = [set(np.argsort((s - original).mean(0)[layer])[-top:]) for s in sets]
@@ -78,18 +78,26 @@ def test_the_permuted_signs_reject_as_often_as_they_say(monkeypatch):
     assert np.mean(p) == pytest.approx(0.5, abs=0.07)
 
 
+def test_neurons_above_the_mean():
+    difference = torch.zeros(4, 2, 6)
+    difference[:, 0, 2], difference[:, 1, 5], difference[:, 1, 1] = 3.0, -2.0, 0.1
+    clean = torch.randn(4, 2, 6)
+    assert rim.neurons_above(clean + difference, clean) == [(0, 2), (1, 5)]
+    assert rim.neurons_above(clean + difference, clean, factor=100) == []
+
+
 def test_random_neurons_are_others_and_as_many_in_each_layer():
     mask = np.zeros((3, 10), dtype=bool)
     mask[0, [1, 4]] = mask[2, :5] = True
     seen = set()
     for seed in range(60):
-        drawn = random_like(mask, seed)
+        drawn = random_like(mask, seed=seed)
         assert [sum(layer == at for at, _ in drawn) for layer in range(3)] == [2, 0, 5]
         assert len(set(drawn)) == 7
         assert not any(mask[neuron] for neuron in drawn)
         seen |= set(drawn)
     assert seen == {(0, n) for n in range(10) if n not in (1, 4)} | {(2, n) for n in range(5, 10)}
-    assert random_like(mask, 3) == random_like(torch.tensor(mask), 3) != random_like(mask, 4)
+    assert random_like(mask, seed=3) == random_like(torch.tensor(mask), seed=3) != random_like(mask, seed=4)
     mask[1, :6] = True
     with pytest.raises(InputError, match="layer 1 has 6 of 10"):
         random_like(mask)
@@ -118,17 +126,17 @@ JOINED = {
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 def test_the_shift_in_closed_form(aggregator):
     given = constant(2, -4), constant(1, -3), constant(1, -3, n=3), constant(1.5, 0, n=3)
-    found = activation_shift(*given, NEURONS, aggregator)
+    found = activation_shift(*given, NEURONS, aggregator=aggregator)
     assert found.lost.estimate == pytest.approx(LOST)
     assert found.gained.estimate == pytest.approx(GAINED)
     for end in (found.score.estimate, found.score.low, found.score.high):
         assert end == pytest.approx(JOINED[aggregator])
     assert (found.lost.n, found.gained.n, found.score.n, found.n_neurons) == (4, 3, 7, 2)
-    larger = activation_shift(*(1000 * torch.tensor(part) for part in given), NEURONS, aggregator)
+    larger = activation_shift(*(1000 * torch.tensor(part) for part in given), NEURONS, aggregator=aggregator)
     assert larger.score.estimate == pytest.approx(found.score.estimate)
     frame = found.to_frame()
     assert frame["quantity"].tolist() == ["score", "lost", "gained"]
-    assert frame["value"].tolist() == [part.estimate for part in (found.score, found.lost, found.gained)]
+    assert frame["estimate"].tolist() == [part.estimate for part in (found.score, found.lost, found.gained)]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +155,7 @@ def test_zeros(aggregator, nothing_lost, nothing_gained, nothing_moved):
         (less, less, nothing_gained),
         (same, same, nothing_moved),
     ):
-        score = activation_shift(same, after_safety, same, after_task, NEURONS, aggregator).score
+        score = activation_shift(same, after_safety, same, after_task, NEURONS, aggregator=aggregator).score
         assert [score.estimate, score.low, score.high] == pytest.approx([wanted] * 3, nan_ok=True)
 
 
@@ -201,19 +209,20 @@ A = noise(0, 4)
 BAD = [
     (lambda: safety_neurons(A, []), "no counterfactual set"),
     (lambda: safety_neurons(A, noise(1, 4)), "one set; give a list"),
-    (lambda: safety_neurons(A, [A, noise(1, 5)]), r"set 1 is \(5, 3, 40\), the original \(4, 3, 40\)"),
-    (lambda: safety_neurons(A[:1], [A[:1]]), "at least two prompts"),
-    (lambda: safety_neurons(A[:, 0], [A]), r"original is \(4, 40\)"),
-    (lambda: safety_neurons(A, [np.where(A > 1, np.nan, A)]), "set 0 holds NaN"),
-    (lambda: safety_neurons(object(), [A]), "no array"),
-    (lambda: safety_neurons(A, [A], share=1.5), "share is 1.5"),
-    (lambda: activation_shift(A, A, A, A, [(0, 1)], "median"), "no aggregator 'median'; use one of harmonic"),
-    (lambda: activation_shift(A, A, A, A, [(0, 1)], eps=0), "eps is 0"),
+    (lambda: safety_neurons(A, [A, noise(1, 5)]), r"set 1 has shape \[5, 3, 40\]; give numbers \[4, 3, 40\]"),
+    (lambda: safety_neurons(A[:1], [A[:1]]), "original is of a single prompt; give at least two"),
+    (lambda: safety_neurons(A[:, 0], [A]), r"original has shape \[4, 40\]"),
+    (lambda: safety_neurons(A, [np.where(A > 1, np.nan, A)]), "set 0: .* NaN or infinite"),
+    (lambda: safety_neurons(object(), [A]), "original must be an array of real numbers"),
+    (lambda: safety_neurons(A, [A], share=1.5), "share must be .* below 1, not 1.5"),
+    (lambda: activation_shift(A, A, A, A, [(0, 1)], aggregator="median"), "aggregator 'median': choose from harmonic"),
+    (lambda: activation_shift(A, A, A, A, [(0, 1)], eps=0), "eps must be .* above 0"),
     (lambda: activation_shift(A, A, A, A, []), "0 neurons for 3 layers of 40"),
     (lambda: activation_shift(A, A, A, A, [(0, 40)]), "1 neurons for 3 layers of 40"),
     (lambda: activation_shift(A, A, A, A, [(0, -1)]), "1 neurons for 3 layers of 40"),
-    (lambda: activation_shift(A, A[:3], A, A, [(0, 1)]), r"after_safety \(3, 3, 40\)"),
+    (lambda: activation_shift(A, A[:3], A, A, [(0, 1)]), r"after_safety has shape \[3, 3, 40\]"),
     (lambda: activation_shift(A, A, 0 * A, A, [(0, 1)]), "all silent in before_task"),
+    (lambda: rim.neurons_above(A, A[:, :2]), r"destination has shape \[4, 2, 40\]; give numbers \[prompt, 3, 40\]"),
 ]
 
 

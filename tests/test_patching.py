@@ -338,13 +338,6 @@ def test_frame_and_plots():
     assert units.plot().to_dict()["description"]
 
 
-def test_neurons_above_the_mean():
-    difference = torch.zeros(4, 2, 6)
-    difference[:, 0, 2], difference[:, 1, 5], difference[:, 1, 1] = 3.0, -2.0, 0.1
-    clean = torch.randn(4, 2, 6)
-    assert rim.neurons_above(clean + difference, clean) == [(0, 2), (1, 5)]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,17 +1,17 @@
-"""`rim_core.measures.probes` against plain scikit-learn, planted signals and the leaks it is there to prevent."""
+"""Probes against plain scikit-learn, planted signals and the leaks they are there to prevent."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-import rim_core.measures.probes as probes_module
 from rim_core import stats
 from rim_core.errors import InputError
-from rim_core.measures.probes import adjacent_similarity, probe_layers
+from rim_core.measures.probes import probe_layers
 
 
 def noise(n=120, layers=3, d=200, seed=0):
@@ -93,7 +93,7 @@ def confounded_topics(n_groups=60, size=6, layers=8, d=100):
 def test_a_leaked_topic_looks_perfect_until_topics_are_held_out():
     features, labels, groups = confounded_topics()
     leaky = probe_layers(features, labels)
-    sound = probe_layers(features, labels, groups)
+    sound = probe_layers(features, labels, groups=groups)
     assert leaky.accuracy.min() > 0.95
     assert 0.38 < sound.accuracy.mean() < 0.62
     assert ((sound.low < 0.5) & (sound.high > 0.5)).mean() > 0.7
@@ -107,7 +107,7 @@ def test_no_group_and_no_prompt_is_on_both_sides(seed):
     rng = np.random.default_rng(seed)
     groups = np.array([f"topic {i}" for i in rng.integers(0, 12, 150)])
     labels = rng.integers(0, 2, 150)
-    result = probe_layers(noise(150, 1, 20), labels, groups, controls=(), seed=seed)
+    result = probe_layers(noise(150, 1, 20), labels, groups=groups, controls=(), seed=seed)
     assert not set(groups[result.train]) & set(groups[result.test])
     assert sorted([*result.train, *result.test]) == list(range(150))
     assert set(labels[result.train]) == set(labels[result.test]) == {0, 1}
@@ -119,7 +119,7 @@ def test_no_group_and_no_prompt_is_on_both_sides(seed):
 def test_seed_decides_the_split_and_everything_else(groups):
     labels = alternating(150)
     features = noise(150, 2, 50)
-    first, again, other = (probe_layers(features, labels, groups, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (probe_layers(features, labels, groups=groups, seed=seed) for seed in (1, 1, 2))
     assert first.to_frame().equals(again.to_frame())
     assert set(first.test) != set(other.test)
 
@@ -163,10 +163,7 @@ def test_constant_features_do_not_break_and_get_no_weight():
     assert (result.weights[1, 50:60] == 0).all()
     assert result.accuracy[2] == 0.5
     assert (result.weights[2] == 0).all()
-    assert np.isfinite(result.to_frame()[["accuracy", "low", "high"]]).all(axis=None)
-    similarity = adjacent_similarity(result)
-    assert np.isnan(similarity.measures["own_basis_cosine"]["probe"].value[1])
-    assert np.isnan(similarity.measures["decision_correlation"]["probe"].value[1])
+    assert np.isfinite(result.to_frame()[["estimate", "low", "high"]]).all(axis=None)
 
 
 def test_intervals_without_groups_are_clopper_pearson():
@@ -196,14 +193,73 @@ def test_unfinished_fits_are_recorded():
 
 
 def test_frame_is_tidy():
-    frame = probe_layers(noise(60, 3, 20), alternating(60)).to_frame()
-    assert list(frame) == ["layer", "series", "accuracy", "low", "high", "converged"]
+    result = probe_layers(noise(60, 3, 20), alternating(60))
+    frame = result.to_frame()
+    differences = result.to_frame("difference")
+    assert list(differences) == ["layer", "series", "estimate", "low", "high", "n"]
+    assert differences["series"].tolist() == ["shuffled"] * 3 + ["random_features"] * 3
+    assert list(frame) == ["layer", "series", "estimate", "low", "high", "n", "converged"]
     assert frame.groupby("series")["layer"].apply(list).to_dict() == {
         "probe": [0, 1, 2],
         "shuffled": [0, 1, 2],
         "random_features": [0, 1, 2],
     }
-    assert ((frame["low"] <= frame["accuracy"]) & (frame["accuracy"] <= frame["high"])).all()
+    assert ((frame["low"] <= frame["estimate"]) & (frame["estimate"] <= frame["high"])).all()
+
+
+def asked(n):
+    """Texts in which the label is a word, beside one that says nothing and one that no other prompt has."""
+    labels = np.where(np.arange(n) % 2, "risky", "safe")
+    return labels, [f"Should I {'bet' if label == 'risky' else 'save'} it? x{k}" for k, label in enumerate(labels)]
+
+
+def test_labels_may_be_any_two_kinds():
+    labels, _ = asked(60)
+    features = noise(60, 2, 20)
+    named = probe_layers(features, labels, positive="risky")
+    assert named.to_frame().equals(probe_layers(features, (labels == "risky").astype(int)).to_frame())
+    assert named.test_labels.tolist() == (labels[named.test] == "risky").tolist()
+
+
+def test_what_the_words_give_away_is_measured_on_the_same_split():
+    labels, texts = asked(120)
+    result = probe_layers(noise(120), labels, positive="risky", texts=texts, groups=np.arange(120) // 6)
+    assert list(result.controls) == ["shuffled", "random_features", "bag_of_words"]
+    words = result.controls["bag_of_words"]
+    assert words.accuracy.tolist() == [1, 1, 1]
+    # The same classifier by scikit-learn; words of test prompts alone have no weight.
+    counted = make_pipeline(
+        CountVectorizer(token_pattern=r"(?u)\b\w+\b"),
+        FunctionTransformer(lambda counts: counts.toarray()),
+        StandardScaler(),
+        LogisticRegression(tol=1e-9),
+    )
+    counted.fit([texts[row] for row in result.train], labels[result.train] == "risky")
+    assert words.weights.shape[1] == len(counted[0].vocabulary_) == 5 + result.n_train
+    expected = counted.decision_function([texts[row] for row in result.test])
+    assert words.decision_values[0] == pytest.approx(expected, abs=1e-3)
+    # Here the words say more than the features, in every layer.
+    assert (result.differences["bag_of_words"].high < 0).all()
+    lengths = probe_layers(noise(120), labels, positive="risky", texts=texts, controls=["length"]).controls["length"]
+    assert lengths.accuracy[0] > 0.9  # "save" is a letter longer than "bet"
+    assert lengths.weights.shape == (3, 2)
+
+
+def test_differences_are_paired_and_by_group_no_tighter_than_the_exact_interval():
+    labels = alternating(120)
+    features = plant(noise(120, 2), labels, layers=[1], strength=0.7)
+    plain = probe_layers(features, labels)
+    grouped = probe_layers(features, labels, groups=np.arange(120) // 10)
+    for result in (plain, grouped):
+        for name, control in result.controls.items():
+            found = result.differences[name]
+            for layer in range(2):
+                exact = stats.paired_difference(result.correct[layer], control.correct[layer])
+                assert found.estimate[layer] == pytest.approx(exact.estimate)
+                assert found.estimate[layer] == pytest.approx(result.accuracy[layer] - control.accuracy[layer])
+                assert found.low[layer] <= exact.low < exact.high <= found.high[layer]
+                if result is plain:
+                    assert (found.low[layer], found.high[layer]) == (exact.low, exact.high)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -224,26 +280,33 @@ def with_value(value):
 
 
 BAD_CALLS = [
-    (lambda: probe_layers(with_value(np.nan), alternating(40)), "layer 2, first for prompt 7"),
-    (lambda: probe_layers(with_value(np.inf), alternating(40)), "layer 2, first for prompt 7"),
-    (lambda: probe_layers(noise(40)[:, 0], alternating(40)), r"\(40, 200\)"),
-    (lambda: probe_layers(noise(40)[..., None], alternating(40)), r"\(40, 3, 200, 1\)"),
-    (lambda: probe_layers(noise(40)[:, :0], alternating(40)), r"\(40, 0, 200\)"),
-    (lambda: probe_layers([[["a"]]] * 4, [0, 1, 0, 1]), "give numbers"),
-    (lambda: probe_layers([[[1.0]], [[1.0, 2.0]]], [0, 1]), "ragged"),
+    (lambda: probe_layers(with_value(np.nan), alternating(40)), "layer 2: 1 of 1200 numbers"),
+    (lambda: probe_layers(with_value(np.inf), alternating(40)), "layer 2: 1 of 1200 numbers"),
+    (lambda: probe_layers(noise(40)[:, 0], alternating(40)), r"\[40, 200\]; give numbers \[prompt, layer, d"),
+    (lambda: probe_layers(noise(40)[..., None], alternating(40)), r"\[40, 3, 200, 1\]"),
+    (lambda: probe_layers(noise(40)[:, :0], alternating(40)), r"\[40, 0, 200\]"),
+    (lambda: probe_layers([[["a"]]] * 4, [0, 1, 0, 1]), "array of real numbers"),
+    (lambda: probe_layers([[[1.0]], [[1.0, 2.0]]], [0, 1]), "array of real numbers"),
     (lambda: probe_layers(noise(40), alternating(39)), r"labels have shape \(39,\) for 40 prompts"),
-    (lambda: probe_layers(noise(40), np.ones(40)), "every label is 1"),
-    (lambda: probe_layers(noise(40), alternating(40) + 1), "use 0 and 1"),
-    (lambda: probe_layers(noise(40), ["yes", "no"] * 20), "use 0 and 1"),
+    (lambda: probe_layers(noise(40), np.ones(40)), r"labels hold \[1.0\]; give 0 and 1"),
+    (lambda: probe_layers(noise(40), alternating(40) + 1), "give 0 and 1"),
+    (lambda: probe_layers(noise(40), ["yes", "no"] * 20), "which one counts as 1 as positive="),
+    (lambda: probe_layers(noise(40), ["yes", "no"] * 20, positive="maybe"), r"labels hold \['no', 'yes'\]"),
+    (lambda: probe_layers(noise(40), ["a", "b", "c", "d"] * 10, positive="a"), "two others"),
     (lambda: probe_layers(noise(40), np.arange(40) == 0), "give more prompts"),
     (lambda: probe_layers(noise(40), alternating(40), groups=np.zeros(40)), "one group"),
     (lambda: probe_layers(noise(40), alternating(40), groups=np.arange(40) // 20), "2 groups cannot be split"),
     (lambda: probe_layers(noise(40), alternating(40), groups=alternating(40)), "2 groups cannot be split"),
     (lambda: probe_layers(noise(40), alternating(40), groups=np.arange(39)), "39 groups for 40"),
     (lambda: probe_layers(noise(40), alternating(40), groups=[None] * 40), "no group"),
-    (lambda: probe_layers(noise(40), alternating(40), controls=("shuffle",)), "no control 'shuffle'"),
-    (lambda: probe_layers(noise(40), alternating(40), test_size=1.5), "test_size=1.5"),
-    (lambda: probe_layers(noise(40), alternating(40), C=0), "C=0"),
+    (lambda: probe_layers(noise(40), alternating(40), controls=("shuffle",)), "control 'shuffle': choose from"),
+    (lambda: probe_layers(noise(40), alternating(40), controls=["length"]), "'length' reads the prompts; pass"),
+    (lambda: probe_layers(noise(40), alternating(40), texts=["a"]), "texts must be 40 texts"),
+    (lambda: probe_layers(noise(40), alternating(40), texts=["?"] * 40), "no word to count"),
+    (lambda: probe_layers(noise(40), alternating(40), test_size=1.5), "test_size must be .* below 1, not 1.5"),
+    (lambda: probe_layers(noise(40), alternating(40), C=0), "C must be .* above 0"),
+    (lambda: probe_layers(noise(40), alternating(40), max_iter=0), "max_iter must be"),
+    (lambda: probe_layers(noise(40), alternating(40)).to_frame("gap"), "unknown measure 'gap'"),
 ]
 
 
@@ -254,106 +317,6 @@ def test_bad_input_is_refused_in_one_line(call, words):
     assert "\n" not in str(caught.value)
 
 
-def carried(copied, n=300, layers=4, d=60, seed=6):
-    """Layers that hold the label and a trait of the prompt: one trait carried along, or each its own.
-
-    Each layer writes them in a random basis of its own, as MLP neurons do.
-    """
-    rng = np.random.default_rng(seed)
-    labels = alternating(n)
-    trait = rng.normal(size=(n, 1)) * np.ones(layers) if copied else rng.normal(size=(n, layers))
-    signal = 2.0 * labels[:, None] + trait
-    basis = rng.normal(size=(layers, d))
-    return signal[..., None] * basis + 0.3 * rng.normal(size=(n, layers, d)), labels
-
-
-def test_published_cosine_cannot_tell_copied_from_recomputed_but_decisions_can():
-    measured = {}
-    for copied in (True, False):
-        measured[copied] = adjacent_similarity(probe_layers(*carried(copied))).measures
-    for copied in (True, False):
-        cosine = np.abs(measured[copied]["own_basis_cosine"]["probe"].value).mean()
-        assert cosine < measured[copied]["own_basis_cosine"]["random_directions"].high[0]
-        # The label alone makes the probes agree, whatever else the layers hold.
-        assert measured[copied]["decision_correlation"]["probe"].value.min() > 0.3
-    within = "decision_correlation_within_label"
-    assert measured[True][within]["probe"].value.min() > 0.7
-    assert np.abs(measured[False][within]["probe"].value).max() < 0.3
-
-
-def test_one_basis_shows_in_the_cosine():
-    rng = np.random.default_rng(7)
-    labels = alternating(200)
-    direction = rng.normal(size=40)
-    features = rng.normal(size=(200, 3, 40)) + 2 * (labels[:, None] - 0.5)[..., None] * direction
-    cosine = adjacent_similarity(probe_layers(features, labels)).measures["own_basis_cosine"]
-    assert cosine["probe"].value.min() > 0.8
-    assert cosine["probe"].value.min() > cosine["random_directions"].high[0]
-
-
-def test_decision_correlation_matches_numpy_and_its_interval_covers():
-    result = probe_layers(*carried(True))
-    measured = adjacent_similarity(result).measures["decision_correlation"]["probe"]
-    for layer in range(3):
-        expected = np.corrcoef(result.decision_values[layer], result.decision_values[layer + 1])[0, 1]
-        assert measured.value[layer] == pytest.approx(expected)
-        z, error = np.arctanh(expected), 1 / np.sqrt(result.n_test - 3)
-        assert measured.low[layer] == pytest.approx(np.tanh(z - 1.96 * error), abs=0.06)
-        assert measured.high[layer] == pytest.approx(np.tanh(z + 1.96 * error), abs=0.06)
-
-
-def test_correlations_resample_groups_where_there_are_groups():
-    features, labels, groups = confounded_topics(layers=3)
-    grouped = probe_layers(features, labels, groups)
-    width = {}
-    for name, result in {
-        "groups": grouped,
-        "prompts": probes_module.ProbeResult(**{**vars(grouped), "test_groups": None}),
-    }.items():
-        similarity = adjacent_similarity(result).measures["decision_correlation"]["probe"]
-        width[name] = (similarity.high - similarity.low).mean()
-    assert width["groups"] > 1.5 * width["prompts"]
-
-
-def test_random_direction_null_holds_95_percent():
-    null = adjacent_similarity(probe_layers(noise(60, 2, 24), alternating(60))).measures["own_basis_cosine"]
-    rng = np.random.default_rng(8)
-    a, b = rng.normal(size=(2, 4000, 24))
-    cosines = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    band = null["random_directions"]
-    inside = (band.low[0] < cosines) & (cosines < band.high[0])
-    assert inside.mean() == pytest.approx(0.95, abs=0.015)
-
-
-def test_shared_directions_are_compared_in_their_own_space():
-    result = probe_layers(noise(60, 3, 20), alternating(60))
-    shared = np.array([[1.0, 0.0], [1.0, 1.0], [-1.0, 1.0]])
-    similarity = adjacent_similarity(result, shared=shared, shared_shuffled=shared[::-1])
-    by_series = similarity.measures["shared_space_cosine"]
-    assert by_series["probe"].value == pytest.approx([np.sqrt(0.5), 0.0])
-    assert by_series["shuffled"].value == pytest.approx([0.0, np.sqrt(0.5)])
-    frame = similarity.to_frame()
-    assert list(frame) == ["layer", "measure", "series", "similarity", "low", "high"]
-    assert set(frame["layer"]) == {0, 1}
-    assert set(frame.query("measure == 'shared_space_cosine'")["series"]) == {"probe", "shuffled", "random_directions"}
-
-
-def test_similarity_refuses_what_it_cannot_compare():
-    result = probe_layers(noise(60, 2, 20), alternating(60))
-    bare = probe_layers(noise(60, 2, 20), alternating(60), controls=())
-    single = probe_layers(noise(60, 1, 20), alternating(60))
-    for call, words in [
-        (lambda: adjacent_similarity(bare), "no null"),
-        (lambda: adjacent_similarity(single), "no neighbour"),
-        (lambda: adjacent_similarity(result, shared=np.ones((3, 4))), "2 layers"),
-        (lambda: adjacent_similarity(result, shared=np.full((2, 4), np.nan)), "finite"),
-        (lambda: adjacent_similarity(result, shared_shuffled=np.ones((2, 4))), "pass shared as well"),
-        (lambda: adjacent_similarity(result).plot("cosine"), "no measure 'cosine'"),
-    ]:
-        with pytest.raises(InputError, match=words):
-            call()
-
-
 def test_plots_hand_tidy_frames_to_charts(monkeypatch):
     drawn = []
     charts = SimpleNamespace(by_layer=lambda frame, value, **options: drawn.append((frame, value, options)))
@@ -362,11 +325,8 @@ def test_plots_hand_tidy_frames_to_charts(monkeypatch):
     labels = (np.arange(100) < 30).astype(int)
     result = probe_layers(noise(100, 3, 20), labels)
     result.plot(title="Mine")
-    adjacent_similarity(result).plot("own_basis_cosine")
-    (frame, value, options), (pairs, pair_value, pair_options) = drawn
+    ((frame, value, options),) = drawn
     assert frame.equals(result.to_frame())
-    assert (value, options["series"], options["title"]) == ("accuracy", "series", "Mine")
+    assert (value, options["series"], options["title"]) == ("estimate", "series", "Mine")
     assert options["chance"] == result.majority
     assert "over 3 layers" in options["description"]
-    assert set(pairs["measure"]) == {"own_basis_cosine"}
-    assert (pair_value, pair_options["chance"]) == ("similarity", 0.0)

@@ -54,7 +54,7 @@ def checked(values: Any, name: str, shape: Sequence[int | str] | None = None) ->
         kind = "f8" if given.dtype.itemsize > 8 else given.dtype.newbyteorder("=")
         given = torch.tensor(np.ascontiguousarray(given, dtype=kind).reshape(given.shape))
     if not given.is_floating_point():
-        raise InputError(f"{name} holds {given.dtype}; give activations, which are floating-point numbers")
+        raise InputError(f"{name} is of {given.dtype}; give activations, which are floating-point numbers")
     return given.cpu()
 
 

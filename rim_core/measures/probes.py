@@ -186,7 +186,7 @@ def probe_layers(
         >>> found = rim.probe_layers(features, labels, positive="risky", groups=np.arange(80) // 4)
         >>> bool(found.accuracy[1] > 0.9), bool(found.low[0] < 0.5)
         (True, True)
-        >>> found.differences["shuffled"].low[1] > 0
+        >>> bool(found.differences["shuffled"].low[1] > 0)
         True
     """
     data, y, codes = _checked(features, labels, positive, groups)
