@@ -197,7 +197,7 @@ def _as_numpy(values: Any) -> np.ndarray | None:
             values = [item.tolist() if hasattr(item, "tolist") else item for item in values]
         raw = np.asarray(values)
         if raw.dtype.kind == "O":
-            texts = any(isinstance(item, (str, bytes, complex)) for item in raw.flat)
+            texts = any(item is None or isinstance(item, (str, bytes, complex)) for item in raw.flat)
             return None if texts else raw.astype(np.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return None

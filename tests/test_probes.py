@@ -210,7 +210,7 @@ def test_frame_is_tidy():
 def asked(n):
     """Texts in which the label is a word, beside one that says nothing and one that no other prompt has."""
     labels = np.where(np.arange(n) % 2, "risky", "safe")
-    return labels, [f"Should I {'bet' if label == 'risky' else 'save'} it? x{k}" for k, label in enumerate(labels)]
+    return labels, [f"Should I {'bet' if label == 'risky' else 'save'} it? x{k:03}" for k, label in enumerate(labels)]
 
 
 def test_labels_may_be_any_two_kinds():
@@ -241,7 +241,7 @@ def test_what_the_words_give_away_is_measured_on_the_same_split():
     # Here the words say more than the features, in every layer.
     assert (result.differences["bag_of_words"].high < 0).all()
     lengths = probe_layers(noise(120), labels, positive="risky", texts=texts, controls=["length"]).controls["length"]
-    assert lengths.accuracy[0] > 0.9  # "save" is a letter longer than "bet"
+    assert lengths.accuracy[0] == 1  # "save" is a letter longer than "bet"
     assert lengths.weights.shape == (3, 2)
 
 
