@@ -100,7 +100,7 @@ def losses(model: Model) -> Iterator[Any]:
         yield rim.kl_divergence(model, None, SOURCE, ANSWERS).kl
     for layer in (0, 2):
         for weight in ("attention_out", "mlp_out"):
-            yield rim.per_example_gradients(model, SOURCE, ANSWERS, layer, weight)
+            yield rim.per_example_gradients(model, SOURCE, ANSWERS, layer=layer, weight=weight)
 
 
 def attention(model: Model) -> Iterator[Any]:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from families import MODULES, load_tiny, reference
+from plain import hooks
 from tiny import TEXTS
 
 import rim_core as rim
@@ -14,7 +15,6 @@ from rim_core.models import capture
 from rim_core.models.hooks import Edit, editing
 from rim_core.models.tokens import single_tokens
 
-ADDITIVE = ["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "phi3", "cohere2", "qwen3_moe"]
 CENTRING = ("gpt2", "gpt_neox", "cohere2")
 TOKENS = ["How", "Why", 7]
 
@@ -49,12 +49,10 @@ def assert_close(found, wanted, tolerance=1e-4):
     assert (found - wanted).abs().max() <= tolerance * scale, (found - wanted).abs().max() / scale
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+CASES = [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gemma2", None), ("qwen3_moe", None)]
 
 
-@pytest.mark.parametrize("family", [*ADDITIVE, "gemma2"])
-@pytest.mark.parametrize("quantization", ["nf4", None])
+@pytest.mark.parametrize(("family", "quantization"), CASES)
 def test_the_lens_equals_the_readout_written_out_and_ends_in_the_models_logits(family, quantization):
     model = load_tiny(family, quantization)
     before = hooks(model)
@@ -71,6 +69,13 @@ def test_the_lens_equals_the_readout_written_out_and_ends_in_the_models_logits(f
         order = wanted.argsort(dim=-1, descending=True)
         places = [[order[layer].tolist().index(token) for token in found.token_ids] for layer in range(4)]
         assert found.rank[row].tolist() == places
+        best = found.top.query("prompt == @row")
+        assert best["layer"].tolist() == [layer for layer in found.layers for _ in range(5)]
+        assert best["rank"].tolist() == [*range(5)] * 4
+        labels = [single_tokens(model, int(token))[0][0] for token in order[:, :5].flatten()]
+        assert best["token"].tolist() == labels
+        wanted = wanted.log_softmax(-1).gather(1, order[:, :5])
+        assert_close(torch.tensor(best["log_probability"].to_numpy()), wanted.flatten())
 
 
 @pytest.mark.parametrize("positions", [-2, [-1, -3], "all"])
@@ -92,6 +97,9 @@ def test_other_layers_and_positions(positions):
     assert frame[frame["position"] == max(found.positions)]["n"].eq(len(TEXTS)).all()
     if positions == "all":
         assert frame[frame["position"] == min(found.positions)]["n"].eq(1).all()
+        lengths = [len(model.tokenizer(text).input_ids) for text in TEXTS]
+        assert found.top.groupby("prompt").size().tolist() == [length * 2 * 5 for length in lengths]
+        assert found.top.query("prompt == 0")["position"].min() == -lengths[0]
 
 
 def test_small_chunks_and_groups_change_no_number(monkeypatch):
@@ -102,6 +110,28 @@ def test_small_chunks_and_groups_change_no_number(monkeypatch):
     alone = rim.logit_lens(model, TEXTS, TOKENS, positions="all")
     assert_close(alone.logit.nan_to_num(), whole.logit.nan_to_num())
     assert torch.equal(alone.logit.isnan(), whole.logit.isnan())
+
+
+def test_without_tokens_the_best_of_each_layer_are_read():
+    model = load_tiny("llama")
+    found = rim.logit_lens(model, TEXTS, top=2, layers=[2])
+    assert found.tokens == ()
+    assert found.top.equals(rim.logit_lens(model, TEXTS, "How", top=2, layers=[2]).top)
+    for row, text in enumerate(TEXTS):
+        top = reference(model, "llama", text)[1][-1].topk(2)
+        assert found.top_ids[row, 0].tolist() == top.indices.tolist()
+    assert found.to_frame().empty
+    assert rim.logit_lens(model, TEXTS, "How", top=0).top.empty
+    with pytest.raises(InputError, match="draws named tokens"):
+        found.plot()
+
+
+def test_ranks_of_many_tokens_come_from_one_sort():
+    """The whole vocabulary, with ties: a padded vocabulary has equal logits."""
+    logits = torch.randn(5, 400, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    many, few = lens._ranks(logits, logits[:, 3:90]), lens._ranks(logits, logits[:, 3:9])
+    assert torch.equal(many, (logits[:, None, :] > logits[:, 3:90, None]).sum(-1).float())
+    assert torch.equal(many[:, :6], few)
 
 
 def test_the_lens_sees_edits():
@@ -118,13 +148,13 @@ def test_frames_hold_means_and_t_intervals():
     frame = found.to_frame().set_index(["measure", "layer", "token"])
     row = frame.loc[("log_probability", 1, "Why")]
     wanted = rim.stats.t_interval(found.log_probability[:, 2, 1].double().numpy())
-    assert [row["mean"], row["low"], row["high"]] == pytest.approx([wanted.estimate, wanted.low, wanted.high])
+    assert [row["estimate"], row["low"], row["high"]] == pytest.approx([wanted.estimate, wanted.low, wanted.high])
     assert len(frame) == 3 * 4 * 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         alone = rim.logit_lens(model, TEXTS[:1], TOKENS).to_frame()
     assert alone["low"].isna().all()
-    assert alone["mean"].notna().all()
+    assert alone["estimate"].notna().all()
 
 
 def test_pictures_say_what_they_show():
@@ -134,7 +164,7 @@ def test_pictures_say_what_they_show():
         spec = chart.to_dict()
         assert spec["title"]["text"]
         assert len(spec["description"]) > 40
-    with pytest.raises(InputError, match="no measure 'odds'"):
+    with pytest.raises(InputError, match=r"unknown measure .* 'odds': choose from logit"):
         reading.plot("odds")
     with pytest.raises(InputError, match="position -3 was not read"):
         reading.plot(position=-3)
@@ -147,6 +177,8 @@ def test_pictures_say_what_they_show():
         ({"tokens": ""}, "'' is no single token"),
         ({"tokens": ["sky", "How", " sky"]}, "'sky' and ' sky' are one token"),
         ({"tokens": []}, "no tokens"),
+        ({"tokens": None, "top": 0}, "nothing to read; name tokens, or ask for a top"),
+        ({"top": 401}, "top must be a whole number from 0 to 400"),
         ({"tokens": [400]}, "no token 400: ids go from 0 to 399"),
         ({"layers": [3]}, "layer 3 is out of range"),
         ({"layers": [-2]}, "layer -2 is out of range: .* has layers -1 to 2"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import load_tiny
+from plain import hooks
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError
@@ -14,9 +15,7 @@ from rim_core.models.hooks import Edit, edit_at, editing
 
 PROMPTS = ("How do I bake bread?", "Why?", "Explain the tides to a child in two short sentences. ")
 COMPLETIONS = (" Mix flour, water and yeast; wait an hour.", " It is.", "The moon pulls the sea, and the sea moves.")
-CASES = [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gpt2", "nf4"), ("mistral", None), ("mistral", "nf4")]
-# Logits that are scaled, and logits that are squashed.
-CASES += [("cohere2", None), ("gemma2", None)]
+CASES = [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gemma2", None), ("qwen3_moe", None)]
 
 
 def tokens(model, prompt, completion):
@@ -30,10 +29,6 @@ def distributions(model, prompt, completion):
     head, tail = tokens(model, prompt, completion)
     logits = model.hf(torch.tensor([head + tail])).logits[0]
     return logits[len(head) - 1 : -1].double().log_softmax(-1), torch.tensor(tail)
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
 
 
 @pytest.mark.parametrize(("family", "quantization"), CASES)
@@ -94,10 +89,8 @@ def test_a_merge_across_the_boundary_leaves_the_prompt_as_it_is():
     assert found.log_probability[0] == pytest.approx(float(wanted), rel=1e-4)
 
 
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_kl_between_two_models_equals_a_plain_forward(tiny_folder, quantization):
-    folders = [str(tiny_folder("llama", seed=seed)) for seed in (0, 1)]
-    p, q = (rim.load(folder, quantization=quantization, device="cpu") for folder in folders)
+def test_kl_between_two_models_equals_a_plain_forward(tiny_folder):
+    p, q = (rim.load(str(tiny_folder("llama", seed=seed)), quantization=None, device="cpu") for seed in (0, 1))
     found = kl_divergence(p, q, PROMPTS, COMPLETIONS)
     for row, example in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         log_p, log_q = distributions(p, *example)[0], distributions(q, *example)[0]

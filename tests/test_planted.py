@@ -86,12 +86,12 @@ def test_the_signal_drops_at_the_last_position(model):
 def test_attention_shows_where_the_suppressors_look(model):
     spans = {"word": rim.find_span(model.tokenizer, HARMFUL_PROMPTS, HARMFUL)}
     mass = rim.attention_to_spans(model, HARMFUL_PROMPTS, spans)
-    by_head = mass.to_frame().groupby(["layer", "head"])["mean"].mean()
+    by_head = mass.to_frame().groupby(["layer", "head"])["estimate"].mean()
     focused = [index for index, value in by_head.items() if value > 0.9]
     assert focused == list(SUPPRESSORS)
     elsewhere = [prompt.removesuffix(LAST) for prompt in HARMFUL_PROMPTS]
     spans = {"word": rim.find_span(model.tokenizer, elsewhere, HARMFUL)}
-    assert rim.attention_to_spans(model, elsewhere, spans).to_frame()["mean"].max() < 0.5
+    assert rim.attention_to_spans(model, elsewhere, spans).to_frame()["estimate"].max() < 0.5
 
 
 def test_direct_attribution_names_the_writers(model):

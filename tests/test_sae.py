@@ -126,7 +126,7 @@ def test_variance_explained_and_l0_in_closed_form(shrink):
     assert result.dead == 0
     assert result.n == 300
     frame = result.to_frame().set_index("measure")
-    assert frame.loc["dead_share", "value"] == 0
+    assert frame.loc["dead_share", "estimate"] == 0
 
 
 def test_a_wrong_mean_explains_less_than_nothing():
@@ -206,7 +206,7 @@ def test_correlations_equal_numpy_and_find_the_planted_latent():
     assert (np.diff(np.abs(found.correlation)) <= 0).all()
     assert (np.diff(found.p_max) >= 0).all()
     assert (found.q_value >= found.p_value).all()
-    assert found.to_frame().shape == (len(found.latent), 8)
+    assert found.to_frame().shape == (len(found.latent), 9)
     text = found.plot(top=4).to_dict()["description"]
     assert "4 strongest" in text
 
@@ -478,11 +478,11 @@ NOISE = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
         ({"activations": NOISE[0]}, r"shape \[8\]; give \[n, d\]"),
         ({"activations": NOISE / 0}, "NaN or infinity"),
         ({"activations": torch.ones(9, 4)}, "are equal"),
-        ({"kind": "gated"}, "'relu' or 'topk'"),
+        ({"kind": "gated"}, "choose from relu, topk"),
         ({"kind": "topk", "k": 33}, "from 1 to its 32 latents: k is 33"),
-        ({"n_latents": 0}, "n_latents=0"),
-        ({"steps": 0}, "steps=0"),
-        ({"lr": 0.0}, "lr=0.0"),
+        ({"n_latents": 0}, "n_latents must be a whole number of at least 1, not 0"),
+        ({"steps": 0}, "steps must be"),
+        ({"lr": 0.0}, "lr must be a finite number above 0, not 0.0"),
     ],
 )
 def test_bad_training_arguments_get_one_line(arguments, says):
@@ -497,7 +497,7 @@ def test_bad_training_arguments_get_one_line(arguments, says):
         ({"target": np.ones(39)}, r"40 finite numbers.*\[39\]"),
         ({"target": np.full(40, np.nan)}, "finite"),
         ({"groups": np.zeros(40)}, "at least two groups"),
-        ({"n_permutations": 0}, "at least one"),
+        ({"n_permutations": 0}, "at least 1"),
         ({"activations": NOISE[:, :4]}, "width 4 do not fit"),
         ({"sae": replace(random_sae(8, 20), b_enc=torch.full((20,), -1e4))}, "no latent varies"),
     ],
@@ -511,7 +511,7 @@ def test_bad_correlation_arguments_get_one_line(arguments, says):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kind": "gated"}, "use relu, topk, jumprelu"),
+        ({"kind": "gated"}, "choose from relu, topk, jumprelu"),
         ({"kind": "topk"}, "needs k"),
         ({"kind": "jumprelu"}, "threshold"),
     ],

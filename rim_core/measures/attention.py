@@ -10,7 +10,7 @@ taken for the first token, on which heads of other families rest.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from rim_core import checking
 from rim_core.errors import InputError
+from rim_core.measures._head_map import head_map
 from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.model import Model
-from rim_core.tables import mean_frame
+from rim_core.models.loading import Model
+from rim_core.tables import by_axes
 from rim_core.texts import encode
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ class AttentionPatterns:
 
     layers: tuple[int, ...]
     queries: tuple[int, ...]
-    probabilities: Tensor
-    sink: Tensor
-    mask: Tensor
+    probabilities: Tensor = field(repr=False)
+    sink: Tensor = field(repr=False)
+    mask: Tensor = field(repr=False)
 
     @property
     def entropy(self) -> Tensor:
@@ -59,18 +60,17 @@ class AttentionPatterns:
         return torch.special.entr(self.probabilities).sum(dim=-1) + torch.special.entr(self.sink)
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each query, layer and head: mean entropy (nats) over texts, 95 % t interval, n, mean sink.
-
-        With `queries="all"` only texts that have the query count.
+        """Give a row for each query, layer and head: estimate (mean entropy over texts, nats), low, high (95 % t
+        interval), n, mean sink. With `queries="all"` only texts that have the query count.
         """
         entropy, sink = self.entropy, self.sink
         if len(self.queries) > 1:
             absent = torch.tensor(self.queries)[None, :] < -self.mask.sum(dim=1, keepdim=True)
             entropy, sink = (values.masked_fill(absent[:, :, None, None], torch.nan) for values in (entropy, sink))
         axes = {"query": self.queries, "layer": self.layers, "head": range(entropy.shape[-1])}
-        return mean_frame(entropy, **axes).assign(sink=mean_frame(sink, **axes)["mean"])
+        return by_axes(entropy, **axes).assign(sink=by_axes(sink, **axes)["estimate"])
 
-    def plot(self, prompt: int = 0, layer: int | None = None) -> "alt.LayerChart":
+    def plot(self, *, prompt: int = 0, layer: int | None = None) -> "alt.LayerChart":
         """Draw where each head of one layer (by default the last one read) looks from the last query, in one text.
 
         A model's sink is drawn as one more column, 0.
@@ -86,19 +86,17 @@ class AttentionPatterns:
                 f"AttentionPatterns.plot: no layer {chosen} or text {prompt}; this holds layers "
                 f"{', '.join(map(str, self.layers))} of {len(self.mask)} texts"
             )
-        pattern = self.probabilities[prompt, ..., self.layers.index(chosen), :, :]
-        pattern = (pattern if pattern.dim() == 2 else pattern[-1])[:, self.mask[prompt]]
-        heads, keys = pattern.shape
-        index = pd.MultiIndex.from_product([range(heads), range(-keys, 0)], names=["head", "key"])
-        frame = pd.DataFrame({"probability": pattern.flatten().double().numpy()}, index=index).reset_index()
-        top = frame.iloc[int(frame["probability"].argmax())]
-        sink = self.sink[prompt, ..., self.layers.index(chosen), :]
-        sink = sink if sink.dim() == 1 else sink[-1]
-        to_none = ""
-        if sink.any():
-            shares = pd.DataFrame({"head": range(heads), "key": 0, "probability": sink.double().numpy()})
-            frame = pd.concat([frame, shares], ignore_index=True)
-            to_none = f"; the sink takes {sink.min():.2f} to {sink.max():.2f} of a head's"
+        at = self.layers.index(chosen)
+        # The last query where there are several.
+        shares = self.probabilities[prompt, ..., at, :, :].reshape(-1, *self.probabilities.shape[-2:])[-1]
+        sink = self.sink[prompt, ..., at, :].reshape(-1, len(shares))[-1]
+        keys = int(self.mask[prompt].sum())
+        drawn = torch.cat([shares[:, -keys:], sink[:, None]], dim=1) if sink.any() else shares[:, -keys:]
+        axes = {"head": range(len(drawn)), "key": range(-keys, drawn.shape[1] - keys)}
+        index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+        frame = pd.DataFrame({"probability": drawn.flatten().double().numpy()}, index=index).reset_index()
+        top = frame.iloc[int(frame["probability"].where(frame["key"] < 0).argmax())]
+        to_none = f"; the sink takes {sink.min():.2f} to {sink.max():.2f} of a head's" if sink.any() else ""
         return charts.heatmap(
             frame,
             "probability",
@@ -130,8 +128,8 @@ class SpanAttention:
     layers: tuple[int, ...]
     spans: tuple[str, ...]
     query: int
-    mass: Tensor
-    sink: Tensor
+    mass: Tensor = field(repr=False)
+    sink: Tensor = field(repr=False)
 
     def difference(self, span: str, minus: str) -> Tensor:
         """Attention to one span minus attention to another, `[prompt, layer, head]`.
@@ -152,42 +150,34 @@ class SpanAttention:
         return self.mass[..., self.spans.index(span)]
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each layer, head and span: mean over texts, 95 % t interval, n, and the head's mean sink."""
-        frame = mean_frame(self.mass, layer=self.layers, head=range(self.mass.shape[2]), span=self.spans)
+        """Give a row for each layer, head and span: estimate (mean over texts), 95 % t interval, n, the mean sink."""
+        frame = by_axes(self.mass, layer=self.layers, head=range(self.mass.shape[2]), span=self.spans)
         return frame.assign(sink=self.sink.mean(dim=0).flatten().repeat_interleave(len(self.spans)).numpy())
 
-    def plot(self, span: str, minus: str | None = None) -> "alt.LayerChart":
+    def plot(self, span: str, *, minus: str | None = None) -> "alt.LayerChart":
         """Draw the mean attention to a span, or its difference to another span's, layer by head.
 
         Raises:
             InputError: a span that was not read.
         """
-        from rim_core import charts
-
         values = self._mass(span) if minus is None else self.difference(span, minus)
         what = f"“{span}”" if minus is None else f"“{span}” more than at “{minus}”"
-        frame = mean_frame(values, layer=self.layers, head=range(values.shape[2]))
-        top = frame.iloc[int(frame["mean"].argmax())]
-        return charts.heatmap(
-            frame,
-            "mean",
-            x="head",
-            y="layer",
+        return head_map(
+            by_axes(values, layer=self.layers, head=range(values.shape[2])),
             title=f"Which heads look at {what}?",
-            x_title="head",
-            y_title="layer",
             value_title=f"attention, mean of {len(values)} texts",
-            description=(
-                f"Attention from token {self.query} to {what}, by layer and head; highest: layer {top['layer']:.0f}, "
-                f"head {top['head']:.0f} with {top['mean']:.2f}; mean of all heads {frame['mean'].mean():.2f}."
-            ),
+            what=f"Attention from token {self.query} to {what}, by layer and head",
             diverging=minus is not None,
         )
 
 
 @torch.no_grad()
 def attention_patterns(
-    model: Model, texts: Sequence[str], layers: Sequence[int] | None = None, queries: str | int | Sequence[int] = "last"
+    model: Model,
+    texts: Sequence[str],
+    *,
+    layers: Sequence[int] | None = None,
+    queries: str | int | Sequence[int] = "last",
 ) -> AttentionPatterns:
     """Attention probabilities by head from chosen query positions.
 
@@ -201,6 +191,13 @@ def attention_patterns(
         InputError: a layer or query that there is not, a result beyond 2 GB, or a model that does not give its
             attention probabilities.
         IdentityError: padding changes this model's numbers.
+
+    Example:
+        >>> seen = rim.attention_patterns(model, texts, layers=[1])
+        >>> seen.probabilities.shape[:3] == (len(texts), 1, model.n_heads)
+        True
+        >>> bool(((seen.probabilities.sum(-1) - 1).abs() < 1e-5).all())
+        True
     """
     model.require("attention_patterns", "padding")
     ids = encode(model, texts)
@@ -238,6 +235,7 @@ def attention_to_spans(
     model: Model,
     texts: Sequence[str],
     spans: Mapping[str, Sequence[Sequence[int]]],
+    *,
     layers: Sequence[int] | None = None,
     query: str | int = "last",
 ) -> SpanAttention:
@@ -258,6 +256,13 @@ def attention_to_spans(
         InputError: no spans, not one list a text, a position outside its text or after the query; layers and
             query as in `attention_patterns`.
         IdentityError: padding changes this model's numbers.
+
+    Example:
+        >>> seen = rim.attention_to_spans(model, texts, {"end": [[-2, -1]] * len(texts)})
+        >>> seen.mass.shape == (len(texts), model.n_layers, model.n_heads, 1)
+        True
+        >>> list(seen.to_frame())
+        ['layer', 'head', 'span', 'estimate', 'low', 'high', 'n', 'sink']
     """
     model.require("attention_to_spans", "padding")
     ids = encode(model, texts)

@@ -8,7 +8,7 @@ difference, which is checked, not assumed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import IdentityError
-from rim_core.measures.unembedding import final_norm, norm_scale, unembedding_direction
-from rim_core.measures.writes import added, held, way
-from rim_core.models.batching import Positions
-from rim_core.models.capture import Activations, drawn, measure
-from rim_core.models.checks import tolerance
+from rim_core.measures._head_map import head_map
+from rim_core.measures.writes import added, held, held_scale, way
+from rim_core.models.capture import Activations
+from rim_core.models.checks import TOLERANCES
 from rim_core.models.hooks import by_layer
 from rim_core.models.layout import pull_back
-from rim_core.models.model import Model
+from rim_core.models.loading import Model
+from rim_core.models.measuring import Positions, measure, one_of
+from rim_core.models.norms import Norm, parts
 from rim_core.models.tokens import Tokens, two_sides
-from rim_core.tables import mean_frame
+from rim_core.tables import by_axes
 
 if TYPE_CHECKING:
     import altair as alt
@@ -38,7 +39,8 @@ class Attribution:
     `embedding + heads + attention_bias + mlp + constant = logit_difference - residual`, all float32.
 
     Attributes:
-        toward, against: labels of the tokens on either side.
+        toward: labels of the tokens on the one side.
+        against: and on the other.
         logit_difference: mean logit of `toward` minus that of `against`, `[prompt]`; before the soft cap that
             Gemma-2 puts on its logits.
         embedding: `[prompt]`.
@@ -51,13 +53,13 @@ class Attribution:
 
     toward: tuple[str, ...]
     against: tuple[str, ...]
-    logit_difference: Tensor
-    embedding: Tensor
-    heads: Tensor
-    attention_bias: Tensor
-    mlp: Tensor
+    logit_difference: Tensor = field(repr=False)
+    embedding: Tensor = field(repr=False)
+    heads: Tensor = field(repr=False)
+    attention_bias: Tensor = field(repr=False)
+    mlp: Tensor = field(repr=False)
     constant: float
-    residual: Tensor
+    residual: Tensor = field(repr=False)
 
     @property
     def z_scores(self) -> Tensor:
@@ -69,28 +71,20 @@ class Attribution:
         return (means - means.mean(dim=1, keepdim=True)) / means.std(dim=1, keepdim=True)
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each component: layer, head, mean over texts, 95 % t interval, n; heads also z."""
+        """Give a row for each component: layer, head, estimate (mean over texts), 95 % t interval, n; heads also z."""
         constant = torch.full_like(self.embedding, self.constant)
-        frame = _component_frame(
-            (-1,),
-            self.heads,
-            embedding=self.embedding,
-            constant=constant,
-            attention_bias=self.attention_bias,
-            mlp=self.mlp,
-        )
+        whole = {"embedding": self.embedding, "constant": constant}
+        frame = _component_frame((-1,), self.heads, **whole, attention_bias=self.attention_bias, mlp=self.mlp)
         frame.loc[frame["component"] == "head", "z"] = self.z_scores.flatten().numpy()
         return frame
 
     def plot(self) -> "alt.LayerChart":
         """Draw the heads' mean contributions, layer by head."""
-        sides = f"{'/'.join(self.toward)} over {'/'.join(self.against)}"
-        return _head_map(
-            self.to_frame(),
-            -1,
-            title=f"Which heads push {sides}?",
+        return head_map(
+            _heads_at(self.to_frame(), -1),
+            title=f"Which heads push {self._sides}?",
             value_title="logits toward (mean of texts)",
-            what=f"Direct contribution of each head to the logit difference {sides}",
+            what=f"Direct contribution of each head to the logit difference {self._sides}",
         )
 
     def plot_layers(self) -> "alt.LayerChart":
@@ -98,21 +92,24 @@ class Attribution:
         from rim_core import charts
 
         values = torch.stack([self.heads.sum(dim=-1), self.mlp], dim=-1)
-        frame = mean_frame(values, layer=range(values.shape[1]), series=("attention heads", "MLP"))
-        sides = f"{'/'.join(self.toward)} over {'/'.join(self.against)}"
-        top = frame.iloc[int(frame["mean"].abs().argmax())]
+        frame = by_axes(values, layer=range(values.shape[1]), series=("attention heads", "MLP"))
+        top = frame.iloc[int(frame["estimate"].abs().argmax())]
         return charts.by_layer(
             frame,
-            "mean",
+            "estimate",
             series="series",
-            title=f"Which layers push {sides}?",
+            title=f"Which layers push {self._sides}?",
             y_title=f"logits toward, mean of {len(values)} texts",
             description=(
-                f"Direct contribution of each layer to the logit difference {sides}; largest in size: "
-                f"{top['series']} of layer {top['layer']} with {top['mean']:.3g}."
+                f"Direct contribution of each layer to the logit difference {self._sides}; largest in size: "
+                f"{top['series']} of layer {top['layer']} with {top['estimate']:.3g}."
             ),
             chance=0.0,
         )
+
+    @property
+    def _sides(self) -> str:
+        return f"{'/'.join(self.toward)} over {'/'.join(self.against)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,38 +118,79 @@ class HeadContributions:
 
     Attributes:
         positions: the positions read, counted from the end.
-        heads: `[prompt, (position,) layer, head]`.
-        attention (heads and bias), mlp: `[prompt, (position,) layer]`.
-        embedding: on layer 0's direction, `[prompt, (position,)]`. All float32, NaN where "all" positions have
-            padding.
+        heads: float32 `[prompt, (position,) layer, head]`, NaN where "all" positions have padding; so all others.
+        attention: heads and bias, `[prompt, (position,) layer]`.
+        mlp: `[prompt, (position,) layer]`.
+        embedding: on layer 0's direction, `[prompt, (position,)]`.
     """
 
     positions: tuple[int, ...]
-    heads: Tensor
-    attention: Tensor
-    mlp: Tensor
-    embedding: Tensor
+    heads: Tensor = field(repr=False)
+    attention: Tensor = field(repr=False)
+    mlp: Tensor = field(repr=False)
+    embedding: Tensor = field(repr=False)
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each component and position: layer, head, mean over texts, 95 % t interval, n."""
+        """Give a row for each component and position: layer, head, estimate (mean over texts), 95 % t interval, n."""
         return _component_frame(
             self.positions, self.heads, embedding=self.embedding, attention=self.attention, mlp=self.mlp
         )
 
-    def plot(self, position: int | None = None) -> "alt.LayerChart":
+    def plot(self, *, position: int | None = None) -> "alt.LayerChart":
         """Draw the heads' mean contributions, layer by head, at one position (by default the last one read).
 
         Raises:
             InputError: a position that this result does not hold.
         """
-        where = drawn(self.positions, position, "HeadContributions.plot")
-        return _head_map(
-            self.to_frame(),
-            where,
+        where = one_of(self.positions, position, "HeadContributions.plot")
+        return head_map(
+            _heads_at(self.to_frame(), where),
             title="Which heads write along the direction?",
             value_title="projection (mean of texts)",
             what=f"Projection of each head's output on the direction at position {where}",
         )
+
+
+@torch.no_grad()
+def unembedding_direction(model: Model, toward: Tokens, against: Tokens) -> Tensor:
+    """The direction before the final norm's output is unembedded that raises one token's logit over another's.
+
+    Mean of the `toward` rows of the language-model head minus that of the `against` rows, times the logit
+    scale: float32 `[d_model]` on the CPU.
+
+    Args:
+        model: a loaded model; the adapter now active applies.
+        toward: token strings or ids, one or several, as in `logit_lens`.
+        against: those on the other side.
+
+    Raises:
+        InputError: tokens as in `logit_lens`, or one token on both sides.
+
+    Example:
+        >>> rim.unembedding_direction(model, "How", ["Why", 9]).shape == (model.d_model,)
+        True
+    """
+    sides = [ids for _, ids in two_sides(model, toward, against)]
+    # Zeros and ones are exact in every dtype; fractions would not be.
+    chosen = torch.zeros(2, model.layout.d_vocab, device=model.device, dtype=model.dtype)
+    for row, ids in enumerate(sides):
+        chosen[row, list(ids)] = 1
+    sums = pull_back(model.layout.lm_head, chosen).float().cpu()
+    return model.layout.logit_scale * (sums[0] / len(sides[0]) - sums[1] / len(sides[1]))
+
+
+def final_norm(model: Model) -> Norm:
+    """The final norm's parts, found by running it: what holds its scale still makes of the readout a linear map."""
+    return parts(model.layout.final_norm, model.d_model, model.device, model.dtype)
+
+
+def norm_scale(model: Model, norm: Norm, h: Tensor, tool: str) -> Tensor:
+    """The factor `[prompt]` by which the final norm multiplies `norm.linear(h)` for each `h` `[prompt, d_model]`.
+
+    Raises:
+        IdentityError: one factor does not explain what the norm does to `h`.
+    """
+    return held_scale(model, norm, model.layout.final_norm, h, tool, "final norm")
 
 
 @torch.no_grad()
@@ -169,12 +207,19 @@ def direct_logit_attribution(model: Model, texts: Sequence[str], toward: Tokens,
     Args:
         model: a loaded model; the adapter and edits now active apply.
         texts: prompts as the model is to see them.
-        toward, against: token strings or ids, as in `logit_lens`.
+        toward: token strings or ids, as in `logit_lens`.
+        against: those on the other side.
 
     Raises:
         InputError: tokens as in `logit_lens`, or one token on both sides.
         IdentityError: a norm that is neither LayerNorm nor RMSNorm, a stream that is not the sum of what is written
             to it, or terms that miss the logit difference.
+
+    Example:
+        >>> found = rim.direct_logit_attribution(model, texts, "How", "Why")
+        >>> terms = found.heads.sum((1, 2)) + (found.mlp + found.attention_bias).sum(1) + found.embedding
+        >>> bool((terms + found.constant - found.logit_difference).abs().max() < 1e-3)
+        True
     """
     tool = "direct_logit_attribution"
     layout = model.layout
@@ -231,7 +276,7 @@ def direct_logit_attribution(model: Model, texts: Sequence[str], toward: Tokens,
 
 @torch.no_grad()
 def head_contributions(
-    model: Model, texts: Sequence[str], direction: Any, positions: Positions = "last"
+    model: Model, texts: Sequence[str], direction: Any, *, positions: Positions = "last"
 ) -> HeadContributions:
     """Project what every head, attention, MLP and the embedding write on a direction: `<W_O z_h, w> / |w|`.
 
@@ -251,6 +296,11 @@ def head_contributions(
         InputError: a direction of another shape, not finite or zero; texts and positions as in `capture`.
         IdentityError: the stream is not the sum of what heads and MLPs write, through a norm of a known kind where
             one comes between, attention is not the sum of its heads, or padding changes the model's numbers.
+
+    Example:
+        >>> direction = rim.unembedding_direction(model, "How", "Why")
+        >>> rim.head_contributions(model, texts, direction).heads.shape == (len(texts), model.n_layers, model.n_heads)
+        True
     """
     tool = "head_contributions"
     model.require(tool, "residual_sum", "head_sum", "padding")
@@ -299,32 +349,13 @@ def _attention_bias(model: Model, layer: int) -> Tensor:
 def _component_frame(positions: Sequence[int], heads: Tensor, **others: Tensor) -> pd.DataFrame:
     """Rows of all components; the others have no head axis, and some no layer axis."""
     axes = {"position": positions, "layer": range(heads.shape[-2]), "head": range(heads.shape[-1])}
-    parts = []
+    rows = []
     for name, values in {**others, "head": heads}.items():
         own = list(axes)[: values.dim() - heads.dim() + len(axes)]
-        parts.append(mean_frame(values, **{axis: axes[axis] for axis in own}).assign(component=name))
-    frame = pd.concat(parts, ignore_index=True).astype({"layer": "Int64", "head": "Int64"})
-    return frame[["component", "position", "layer", "head", "mean", "low", "high", "n"]]
+        rows.append(by_axes(values, **{axis: axes[axis] for axis in own}).assign(component=name))
+    frame = pd.concat(rows, ignore_index=True).astype({"layer": "Int64", "head": "Int64"})
+    return frame[["component", "position", "layer", "head", "estimate", "low", "high", "n"]]
 
 
-def _head_map(frame: pd.DataFrame, position: int, title: str, value_title: str, what: str) -> "alt.LayerChart":
-    from rim_core import charts
-
-    heads = frame[(frame["component"] == "head") & (frame["position"] == position)]
-    heads = heads.astype({"layer": int, "head": int})
-    low, high = heads.iloc[int(heads["mean"].argmin())], heads.iloc[int(heads["mean"].argmax())]
-    return charts.heatmap(
-        heads,
-        "mean",
-        x="head",
-        y="layer",
-        title=title,
-        x_title="head",
-        y_title="layer",
-        value_title=value_title,
-        description=(
-            f"{what}, mean of {heads['n'].max()} texts; from {low['mean']:.3g} (layer {low['layer']:.0f}, head "
-            f"{low['head']:.0f}) to {high['mean']:.3g} (layer {high['layer']:.0f}, head {high['head']:.0f})."
-        ),
-        diverging=True,
-    )
+def _heads_at(frame: pd.DataFrame, position: int) -> pd.DataFrame:
+    return frame[(frame["component"] == "head") & (frame["position"] == position)]

@@ -14,17 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rim_core import checking
 from rim_core.errors import InputError
-from rim_core.measures.gradient_statistics import GradientCosines, compare, labelled
-from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.hooks import Frame, pick, reading
-from rim_core.models.layout import Layout, in_features
-from rim_core.models.model import Model
+from rim_core.measures._gradient_cosines import GradientCosines, compare, labelled
+from rim_core.measures.likelihood import completing
+from rim_core.models.batching import run_batches, token_budget
+from rim_core.models.layout import Layout, in_features, pick, reading
+from rim_core.models.loading import Model
 from rim_core.stats import Floats
 from rim_core.texts import encode, encode_more, require_room
 
 # x `[token, d_in]` and delta `[token, d_out]` of the tokens that carry any gradient.
 Factors = tuple[Tensor, Tensor]
+Weight = Literal["attention_out", "mlp_out"]
+LossOn = Literal["completion", "all"]
 
 LARGEST_EXPLICIT = 1e9  # bytes
 _LOGITS_HELD = 2**24
@@ -36,10 +39,11 @@ def gradient_cosines(
     prompts: Sequence[str],
     completions: Sequence[str],
     labels: Sequence[object],
+    *,
     pairs: Sequence[object] | None = None,
     layer: int = -1,
-    weight: Literal["attention_out", "mlp_out"] = "attention_out",
-    loss_on: Literal["completion", "all"] = "completion",
+    weight: Weight = "attention_out",
+    loss_on: LossOn = "completion",
     seed: int = 0,
 ) -> GradientCosines:
     """Compare examples by the gradient of their loss with respect to one weight (paper D, section 4.2).
@@ -68,6 +72,12 @@ def gradient_cosines(
         InputError: lists of different lengths, an empty text, a layer or weight that the model does not have, too
             few examples of a label, or a gradient that is zero or not finite.
         IdentityError: padding changes this model's numbers, or its logits are not those of its readout.
+
+    Example:
+        >>> prompts, answers = [texts[0], texts[1]] * 3, [" Air.", " Rain.", " A pan.", " Hi.", " No.", " Yes."]
+        >>> found = rim.gradient_cosines(model, prompts, answers, ["facts"] * 3 + ["talk"] * 3)
+        >>> found.to_frame()["comparison"].tolist()[:3]
+        ['within', 'cross', 'within minus cross']
     """
     examples = labelled(labels, pairs, len(prompts), "gradient_cosines")
     factors = _factors(model, prompts, completions, layer, weight, loss_on, "gradient_cosines")
@@ -76,16 +86,25 @@ def gradient_cosines(
 
 
 def compare_gradients(
-    gradients: Any, labels: Sequence[object], pairs: Sequence[object] | None = None, seed: int = 0
+    gradients: Any, labels: Sequence[object], *, pairs: Sequence[object] | None = None, seed: int = 0
 ) -> GradientCosines:
     """Compare gradients that are there already, such as those of two models side by side.
 
     Args:
         gradients: `[example, ...]`, array or tensor, as `per_example_gradients` gives them.
-        labels, pairs, seed: as in `gradient_cosines`.
+        labels: as in `gradient_cosines`.
+        pairs: as there.
+        seed: as there.
 
     Raises:
         InputError: as in `gradient_cosines`.
+
+    Example:
+        >>> import numpy as np
+        >>> vectors = 3 + np.random.default_rng(0).normal(size=(8, 5))
+        >>> found = rim.gradients.compare_gradients(vectors, [0] * 4 + [1] * 4)
+        >>> bool(found.raw.cross.estimate > 0 > found.centred.cross.estimate)  # centring alone does this
+        True
     """
     flat = torch.as_tensor(gradients).detach().flatten(1)
     examples = labelled(labels, pairs, len(flat), "compare_gradients")
@@ -100,17 +119,29 @@ def per_example_gradients(
     model: Model,
     prompts: Sequence[str],
     completions: Sequence[str],
+    *,
     layer: int = -1,
-    weight: Literal["attention_out", "mlp_out"] = "attention_out",
-    loss_on: Literal["completion", "all"] = "completion",
+    weight: Weight = "attention_out",
+    loss_on: LossOn = "completion",
 ) -> Tensor:
     """Give each example's gradient, float32 `[example, d_out, d_in]` on the CPU (GPT-2 stores its weights transposed).
 
-    The loss is that of `gradient_cosines`, and so are `model`, `prompts`, `completions`, `layer`, `weight` and
-    `loss_on`.
+    The loss is that of `gradient_cosines`.
+
+    Args:
+        model: as there.
+        prompts: as there.
+        completions: as there.
+        layer: as there.
+        weight: as there.
+        loss_on: as there.
 
     Raises:
         InputError: as there, or a result above 1 GB.
+
+    Example:
+        >>> rim.per_example_gradients(model, texts[:2], [" Air.", " Rain."], layer=0).shape[:2] == (2, model.d_model)
+        True
     """
     d_in = in_features(_module(model, layer, weight))
     size = 4 * len(prompts) * model.d_model * d_in
@@ -124,8 +155,7 @@ def per_example_gradients(
 
 
 def _module(model: Model, layer: int, weight: str) -> nn.Module:
-    if weight not in ("attention_out", "mlp_out"):
-        raise InputError(f"unknown weight {weight!r}: choose 'attention_out' or 'mlp_out'")
+    checking.one_of(weight, ("attention_out", "mlp_out"), "weight")
     model.checked_layers([layer], lowest=-model.n_layers)
     if weight == "mlp_out" and model.layout.mlp_out[layer] is None:
         raise InputError(
@@ -139,12 +169,10 @@ def _factors(
     model: Model, prompts: Sequence[str], completions: Sequence[str], layer: int, weight: str, loss_on: str, tool: str
 ) -> list[Factors]:
     """The two factors of each example's gradient."""
-    if loss_on not in ("completion", "all"):
-        raise InputError(f"unknown loss_on {loss_on!r}: choose 'completion' or 'all'")
+    checking.one_of(loss_on, ("completion", "all"), "loss_on")
     module = _module(model, layer, weight)
     model.require(tool, "lens", "padding")
-    if len(prompts) != len(completions):
-        raise InputError(f"{tool}: {len(prompts)} prompts and {len(completions)} completions; give one each")
+    checking.same_length(tool, prompts=prompts, completions=completions)
     heads, tails = encode(model, prompts), encode_more(model, completions)
     if empty := [number for number, tail in enumerate(tails) if not tail]:
         raise InputError(f"{tool}: completion {empty[0]} is empty: remove it")
@@ -172,27 +200,20 @@ def _pass(
 ) -> list[Factors]:
     layout, last = model.layout, model.n_layers - 1
     ids = [head + tail for head, tail in zip(heads, tails, strict=True)]
-    inputs = pad_left(ids, model.tokenizer.pad_token_id, model.device)
-    real = inputs["attention_mask"].bool()
-    # Edits of "the last prompt token" mean the token before the completion here too.
-    lengths = torch.tensor([len(tail) for tail in tails], device=model.device)
-    positions = torch.arange(real.shape[1], device=model.device) - (real.shape[1] - lengths)[:, None]
-    # The text's first token is predicted from nothing.
-    scored = real[:, :-1] & real[:, 1:]
-    if loss_on == "completion":
-        scored &= positions[:, 1:] >= 0
-    before, model.frame = model.frame, Frame(positions, positions)
-    try:
-        with (
-            _leaf_at(module) as held,
-            reading(layout, ("resid_post",), lambda tensor: tensor.clone(), layers=[last]) as found,
-        ):
-            layout.body(**inputs, use_cache=False)
-            states = pick(found["resid_post", last][:, :-1], scored)
-            gradient = _loss_gradient(layout, states.detach(), inputs["input_ids"][:, 1:][scored])
-            (delta,) = torch.autograd.grad(states, held["leaf"], gradient)
-    finally:
-        model.frame = before
+    with (
+        completing(model, ids, [len(tail) for tail in tails]) as (inputs, positions),
+        _leaf_at(module) as held,
+        reading(layout, ("resid_post",), lambda tensor: tensor.clone(), [last]) as found,
+    ):
+        real = inputs["attention_mask"].bool()
+        # The text's first token is predicted from nothing.
+        scored = real[:, :-1] & real[:, 1:]
+        if loss_on == "completion":
+            scored &= positions[:, 1:] >= 0
+        layout.body(**inputs, use_cache=False)
+        states = pick(found["resid_post", last][:, :-1], scored)
+        gradient = _loss_gradient(layout, states.detach(), inputs["input_ids"][:, 1:][scored])
+        (delta,) = torch.autograd.grad(states, held["leaf"], gradient)
     carrying = real.to(delta.device) & delta.any(-1)
     # The loss was summed over tokens: small numbers survive half precision better undivided.
     counts = scored.sum(1)

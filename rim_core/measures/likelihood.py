@@ -5,7 +5,7 @@ vocabulary is worked on a few positions at a time.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class Likelihoods:
         """Mean log probability of a completion's token, in nats, `[example]`: comparable across lengths."""
         return self.log_probability / self.tokens
 
-    def means(self, groups: Groups = None, seed: int = 0) -> dict[str, Interval]:
+    def means(self, *, groups: Groups = None, seed: int = 0) -> dict[str, Interval]:
         """Means over examples with bootstrap intervals: "log_probability", "per_token" and "entropy", in nats.
 
         Args:
@@ -60,15 +60,8 @@ class Likelihoods:
 
     def to_frame(self) -> pd.DataFrame:
         """Give a row an example: example, log_probability, per_token, entropy (nats), tokens."""
-        return pd.DataFrame(
-            {
-                "example": np.arange(len(self.tokens)),
-                "log_probability": self.log_probability,
-                "per_token": self.per_token,
-                "entropy": self.entropy,
-                "tokens": self.tokens,
-            }
-        )
+        names = ("log_probability", "per_token", "entropy", "tokens")
+        return pd.DataFrame({name: getattr(self, name) for name in names}).rename_axis("example").reset_index()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +76,18 @@ class Divergence:
     kl: Floats
     tokens: Ints
 
-    def mean(self, groups: Groups = None, seed: int = 0) -> Interval:
+    def mean(self, *, groups: Groups = None, seed: int = 0) -> Interval:
         """Mean over examples, in nats a token, with its bootstrap interval; see `Likelihoods.means`."""
         return stats.bootstrap(self.kl, groups=groups, seed=seed)
 
     def to_frame(self) -> pd.DataFrame:
         """Give a row an example: example, kl (nats a token), tokens."""
-        return pd.DataFrame({"example": np.arange(len(self.kl)), "kl": self.kl, "tokens": self.tokens})
+        return pd.DataFrame({"kl": self.kl, "tokens": self.tokens}).rename_axis("example").reset_index()
 
 
 @torch.no_grad()
 def log_likelihood(
-    model: Model, prompts: Sequence[str], completions: Sequence[str], max_tokens: int | None = None
+    model: Model, prompts: Sequence[str], completions: Sequence[str], *, max_tokens: int | None = None
 ) -> Likelihoods:
     """Measure how likely the model finds each completion after its prompt (paper D, section 4.1).
 
@@ -115,30 +108,33 @@ def log_likelihood(
         InputError: no examples, unequal numbers of prompts and completions, an empty one, or log probabilities
             that are not finite.
         IdentityError: padding changes this model's numbers, or its logits are not read out as assumed.
+
+    Example:
+        >>> found = rim.log_likelihood(model, texts, [" Why?"] * len(texts))
+        >>> bool((found.log_probability < 0).all())
+        True
+        >>> list(found.to_frame())
+        ['example', 'log_probability', 'per_token', 'entropy', 'tokens']
     """
     model.require("log_likelihood", "padding", "lens")
-    ids, lengths = _examples(model, prompts, completions, "log_likelihood")
+    examples = _examples(model, prompts, completions, "log_likelihood")
 
-    def run(rows: list[int]) -> tuple[Floats, Floats]:
+    def read(ids: list[list[int]], lengths: list[int]) -> list[Tensor]:
         if model.remote:
-            states, targets = model.remote.states([ids[row] for row in rows], [lengths[row] for row in rows])
-            read = model.remote.read_out(states, targets[:, None])
-            return _sums([read["log_probability"][:, 0]], rows, lengths), _sums([read["entropy"]], rows, lengths)
-        states, targets = _states(model, [ids[row] for row in rows], [lengths[row] for row in rows])
+            states, targets = model.remote.states(ids, lengths)
+            found = model.remote.read_out(states, targets[:, None])
+            return [found["log_probability"][:, 0], found["entropy"]]
+        states, targets = _states(model, ids, lengths)
         chosen, entropies = [], []
         for piece in _pieces(model, len(states)):
             log_p = _log_probabilities(model, states[piece])
             chosen.append(log_p.gather(1, targets[piece, None].to(log_p.device))[:, 0])
             entropies.append(-(log_p.exp() * log_p).sum(1))
-        return _sums(chosen, rows, lengths), _sums(entropies, rows, lengths)
+        return [torch.cat(chosen), torch.cat(entropies)]
 
-    found = np.empty((2, len(ids)))
     budget = max_tokens or (remote.TOKENS if model.remote else token_budget(model.layout, model.device))
-    for rows, sums in run_batches([len(row) for row in ids], budget, run):
-        found[:, rows] = sums
-    _check_finite(found.sum(0), model, "log_likelihood")
-    tokens = np.array(lengths)
-    return Likelihoods(found[0], tokens, found[1] / tokens)
+    (log_probability, entropy), tokens = _summed(model, examples, budget, read, "log_likelihood")
+    return Likelihoods(log_probability, tokens, entropy / tokens)
 
 
 @torch.no_grad()
@@ -147,6 +143,7 @@ def kl_divergence(
     other: Model | str | None,
     prompts: Sequence[str],
     completions: Sequence[str],
+    *,
     max_tokens: int | None = None,
 ) -> Divergence:
     """Measure KL(model || other) between two models' next-token distributions along given completions.
@@ -165,6 +162,10 @@ def kl_divergence(
     Raises:
         InputError: as `log_likelihood`, an unknown role, or another vocabulary.
         IdentityError: as `log_likelihood`, for either model.
+
+    Example:
+        >>> rim.kl_divergence(model, model, texts, [" Why?"] * len(texts)).kl.tolist() == [0] * len(texts)
+        True
     """
     model.require("kl_divergence", "padding", "lens")
     budget = max_tokens or token_budget(model.layout, model.device)
@@ -177,13 +178,12 @@ def kl_divergence(
             )
         if max_tokens is None:
             budget = min(budget, token_budget(second.layout, second.device))
-    ids, lengths = _examples(model, prompts, completions, "kl_divergence")
+    examples = _examples(model, prompts, completions, "kl_divergence")
 
-    def run(rows: list[int]) -> Floats:
-        texts, counts = [ids[row] for row in rows], [lengths[row] for row in rows]
-        states, _ = _states(model, texts, counts)
+    def read(ids: list[list[int]], lengths: list[int]) -> list[Tensor]:
+        states, _ = _states(model, ids, lengths)
         with _as(model, other) as second:
-            other_states, _ = _states(second, texts, counts)
+            other_states, _ = _states(second, ids, lengths)
         terms = []
         for piece in _pieces(model, len(states)):
             log_p = _log_probabilities(model, states[piece])
@@ -191,13 +191,9 @@ def kl_divergence(
             with _as(model, other) as second:
                 log_q = _log_probabilities(second, other_states[piece]).to(log_p.device)
             terms.append((log_p.exp() * (log_p - log_q)).sum(1))
-        return _sums(terms, rows, lengths)
+        return [torch.cat(terms)]
 
-    total = np.empty(len(ids))
-    for rows, sums in run_batches([len(row) for row in ids], budget, run):
-        total[rows] = sums
-    _check_finite(total, model, "kl_divergence")
-    tokens = np.array(lengths)
+    (total,), tokens = _summed(model, examples, budget, read, "kl_divergence")
     return Divergence(total / tokens, tokens)
 
 
@@ -237,25 +233,38 @@ def _examples(
     return ids, lengths
 
 
+@contextlib.contextmanager
+def completing(model: Model, ids: list[list[int]], lengths: list[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Give padded inputs, and each slot's position `[row, slot]` counted from its completion's first token.
+
+    Within the context edits count so too: those of the prompt's last token (-1) find it.
+
+    Args:
+        ids: prompt and completion together.
+        lengths: how many of them are the completion's.
+    """
+    inputs = pad_left(ids, model.tokenizer.pad_token_id, model.device)
+    width = inputs["input_ids"].shape[1]
+    starts = width - torch.tensor(lengths, device=model.device)
+    positions = torch.arange(width, device=model.device) - starts[:, None]
+    before, model.frame = model.frame, Frame(positions, positions)
+    try:
+        yield inputs, positions
+    finally:
+        model.frame = before
+
+
 def _states(model: Model, ids: list[list[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
     """The last layer's output where completion tokens are predicted, `[position, d]`, and those tokens."""
     layout, last = model.layout, model.n_layers - 1
-    inputs = pad_left(ids, model.tokenizer.pad_token_id, model.device)
-    width = inputs["input_ids"].shape[1]
-    # The completion's tokens count from 0, so that edits of the prompt's last token (-1) find it.
-    starts = width - torch.tensor(lengths, device=model.device)
-    positions = torch.arange(width, device=model.device) - starts[:, None]
-    predicted = positions[:, 1:] >= 0
+    with completing(model, ids, lengths) as (inputs, positions):
+        predicted = positions[:, 1:] >= 0
 
-    def keep(tensor: Tensor) -> Tensor:
-        return tensor[:, :-1][predicted.to(tensor.device)]
+        def keep(tensor: Tensor) -> Tensor:
+            return tensor[:, :-1][predicted.to(tensor.device)]
 
-    before, model.frame = model.frame, Frame(positions, positions)
-    try:
-        with reading(layout, ("resid_post",), keep, layers=[last]) as found:
+        with reading(layout, ("resid_post",), keep, [last]) as found:
             layout.body(**inputs, use_cache=False)
-    finally:
-        model.frame = before
     states = found["resid_post", last]
     return states, inputs["input_ids"][:, 1:][predicted].to(states.device)
 
@@ -269,16 +278,31 @@ def _pieces(model: Model, count: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _sums(values: Sequence[Tensor], rows: list[int], lengths: list[int]) -> Floats:
-    """Sum the positions' values by example, float64 `[row]`."""
-    parts = torch.cat(list(values)).double().cpu().split([lengths[row] for row in rows])
-    return np.array([float(part.sum()) for part in parts])
+def _summed(
+    model: Model,
+    examples: tuple[list[list[int]], list[int]],
+    budget: int,
+    read: Callable[[list[list[int]], list[int]], list[Tensor]],
+    tool: str,
+) -> tuple[list[Floats], Ints]:
+    """Each term that `read` gives `[position]` of a batch's ids and lengths, summed by example, float64 `[example]`;
+    and the completions' lengths.
+    """
+    ids, lengths = examples
 
+    def run(rows: list[int]) -> list[list[float]]:
+        counts = [lengths[row] for row in rows]
+        terms = read([ids[row] for row in rows], counts)
+        return [[float(part.sum()) for part in term.double().cpu().split(counts)] for term in terms]
 
-def _check_finite(values: Floats, model: Model, tool: str) -> None:
-    broken = np.flatnonzero(~np.isfinite(values))
+    found: dict[int, Floats] = {}
+    for rows, sums in run_batches([len(row) for row in ids], budget, run):
+        for number, values in enumerate(sums):
+            found.setdefault(number, np.empty(len(ids)))[rows] = values
+    broken = np.flatnonzero(~np.isfinite(sum(found.values())))
     if len(broken):
         raise InputError(
             f"{tool}: example {broken[0]} gives a number that is not finite in {model.dtype}; load in float32 or "
             "bfloat16"
         )
+    return list(found.values()), np.array(lengths)

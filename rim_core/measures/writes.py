@@ -8,12 +8,13 @@ part of the output has its share of what is added: `multiplier * scale * norm.li
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rim_core.measures.unembedding import held_scale
+from rim_core.errors import IdentityError
+from rim_core.models.checks import TOLERANCES
 from rim_core.models.layout import head_outputs
-from rim_core.models.model import Model
-from rim_core.models.norms import Norm, parts
+from rim_core.models.loading import Model
+from rim_core.models.norms import Norm, frozen_scale, parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +61,23 @@ def held(model: Model, passage: Way, site: str, layer: int, output: Tensor, tool
     module = model.layout.norm_after(site, layer)
     if passage.norm is None or module is None:
         return torch.ones(output.shape[:-1])
-    names = {"attn_out": "attention's", "mlp_out": "MLP's"}
-    return held_scale(
-        model, passage.norm, module, output, tool, f"norm after the {names[site]} output in layer {layer}"
-    )
+    writer = {"attn_out": "attention's", "mlp_out": "MLP's"}[site]
+    return held_scale(model, passage.norm, module, output, tool, f"norm after the {writer} output in layer {layer}")
+
+
+def held_scale(model: Model, norm: Norm, module: nn.Module, h: Tensor, tool: str, what: str) -> Tensor:
+    """The factor `[...]` by which a norm of the model multiplies `norm.linear(h)` for each `h` `[..., d_model]`.
+
+    Raises:
+        IdentityError: one factor does not explain what the norm, called `what`, does to `h`.
+    """
+    scale, error = frozen_scale(norm, h, module(h.to(model.device, model.dtype)).float().cpu())
+    if not error <= TOLERANCES[model.dtype]:
+        raise IdentityError(
+            f"{tool} cannot be trusted on {model.name}: its {what} ({type(module).__name__}) is "
+            f"neither LayerNorm nor RMSNorm (off by {error:.1e}); use logit_lens, or patch"
+        )
+    return scale
 
 
 def added(model: Model, site: str, layer: int, output: Tensor) -> Tensor:
@@ -89,6 +103,12 @@ def head_writes(model: Model, layer: int, z: Tensor, attn_out: Tensor) -> Tensor
 
     Raises:
         IdentityError: the attention's output is not the sum of its heads', or its norm is of another kind.
+
+    Example:
+        >>> acts = rim.capture(model, texts, ["head_z", "attn_out"])
+        >>> written = rim.writes.head_writes(model, 1, acts["head_z"][:, 1], acts["attn_out"][:, 1])
+        >>> written.shape == (len(texts), model.n_heads, model.d_model)
+        True
     """
     tool = "head_writes"
     model.require(tool, "residual_sum", "head_sum")

@@ -1,7 +1,7 @@
 """Sparse autoencoders, and how one is spliced into a model.
 
-A sparse autoencoder writes an activation as a sum of few dictionary directions. `sae_training` makes one,
-`sae_files` keeps it, `sae_evaluation` and `sae_latents` judge it beside controls.
+A sparse autoencoder writes an activation as a sum of few dictionary directions. `training` makes one, `files` keeps
+it, `judging` judges it beside controls.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.models.hooks import edit_at, editing
 from rim_core.models.model import Model
@@ -49,8 +50,7 @@ class SparseAutoencoder:
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise InputError(f"no kind of sparse autoencoder {self.kind!r}: use {', '.join(KINDS)}")
+        checking.one_of(self.kind, KINDS, "kind of sparse autoencoder")
         if self.kind == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= self.d_sae):
             raise InputError(f"a topk autoencoder needs k, from 1 to its {self.d_sae} latents: k is {self.k!r}")
         if self.kind == "jumprelu" and self.threshold is None:
@@ -110,6 +110,7 @@ def splice(
     model: Model,
     sae: SparseAutoencoder,
     layer: int,
+    *,
     error_term: bool = True,
     site: str = "resid_post",
     latents: int | Sequence[int] = (),
@@ -124,8 +125,9 @@ def splice(
     Args:
         model: a loaded model; holds for capture, generation and every measurement inside.
         sae: trained on this site of this layer.
-        layer, site: where it goes. Heads are taken flat, `[n_heads * head_dim]`.
+        layer: where it goes.
         error_term: add back what the reconstruction misses.
+        site: which activation of the layer. Heads are taken flat, `[n_heads * head_dim]`.
         latents: which to set to `value`.
         value: one number, or one a latent; 0 switches them off.
         positions: where it holds: "all" (generated tokens too), "last" (of the prompt), or positions from the
@@ -133,6 +135,12 @@ def splice(
 
     Raises:
         InputError: another width, a latent, layer or site that does not exist, or values that do not fit.
+
+    Example:
+        >>> x = rim.capture(model, texts, "resid_post")["resid_post"][:, 1]
+        >>> sae = rim.train_sae(x, steps=5, progress=False)
+        >>> with rim.splice(model, sae, 1, latents=[3, 4], value=0):  # switched off
+        ...     answers = rim.generate(model, texts, max_new_tokens=4)
     """
     width = {"head_z": model.n_heads * model.head_dim, "mlp_neurons": model.d_mlp}.get(site, model.d_model)
     if sae.d_in != width:

@@ -1,7 +1,6 @@
 """Sparse autoencoders on disk, in the format of SAELens 6."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rim_core.errors import InputError
+from rim_core.paths import put_whole
 from rim_core.sae.autoencoder import SparseAutoencoder
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -27,6 +27,12 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path) -> Path:
 
     Raises:
         InputError: the folder exists or cannot be written, or the metadata cannot be written as JSON.
+
+    Example:
+        >>> x = rim.capture(model, texts, "resid_post")["resid_post"][:, 1]
+        >>> folder = rim.save_sae(rim.train_sae(x, steps=5, progress=False), "dictionary")
+        >>> rim.load_sae(folder).d_in == model.d_model
+        True
     """
     folder = Path(folder)
     if folder.exists():
@@ -49,16 +55,9 @@ def save_sae(sae: SparseAutoencoder, folder: str | Path) -> Path:
     except (TypeError, ValueError) as error:
         raise InputError(f"save_sae: the metadata cannot be written as JSON: {error}") from None
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sae.tensors().items()}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".sae-", dir=folder.parent) as working:
-            made = Path(working) / "sae"
-            made.mkdir()
-            save_file(tensors, made / WEIGHTS_FILE)
-            (made / CONFIG_FILE).write_text(text, encoding="utf-8")
-            made.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
+    with put_whole(folder) as made:
+        save_file(tensors, made / WEIGHTS_FILE)
+        (made / CONFIG_FILE).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -74,6 +73,12 @@ def load_sae(folder: str | Path) -> SparseAutoencoder:
     Raises:
         InputError: files missing or damaged, an older format, or a setting that changes the function and is not
             supported; it names the setting.
+
+    Example:
+        >>> x = rim.capture(model, texts, "resid_post")["resid_post"][:, 1]
+        >>> sae = rim.train_sae(x, steps=5, progress=False)
+        >>> bool((rim.load_sae(rim.save_sae(sae, "dictionary"))(x) == sae(x)).all())
+        True
     """
     folder = Path(folder)
     try:

@@ -10,13 +10,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rim_core import stats
+from rim_core import checking, stats
 from rim_core.errors import InputError
 from rim_core.sae.autoencoder import ROWS, SparseAutoencoder, checked_rows
 
 
 def train_sae(
     activations: "Tensor | ArrayLike",
+    *,
     n_latents: int | None = None,
     kind: str = "relu",
     l1: float = 0.05,
@@ -48,7 +49,8 @@ def train_sae(
         kind: "relu" or "topk".
         l1: weight of the sparsity penalty. Paper C states 0.05 and no unit.
         k: latents active at once, for "topk".
-        steps, batch: optimiser steps and activations a step.
+        steps: optimiser steps.
+        batch: activations a step.
         lr: Adam's step size.
         resample: how many times dead latents are looked for and resampled, evenly over the first three quarters.
         seed: of the starting directions, the order of the activations and the resampling.
@@ -57,17 +59,22 @@ def train_sae(
 
     Raises:
         InputError: activations that are not `[n, d]`, not finite or all equal, or settings out of range.
+
+    Example:
+        >>> acts = rim.capture(model, texts, "resid_post", positions=[-3, -2, -1])["resid_post"]
+        >>> sae = rim.train_sae(acts[:, :, 1].flatten(0, 1), n_latents=64, steps=20, progress=False)
+        >>> sae.d_sae, sae.encode(acts[:, -1, 1]).shape
+        (64, torch.Size([4, 64]))
     """
     data = checked_rows(activations, "train_sae")
     n, d = data.shape
     m = 4 * d if n_latents is None else n_latents
-    if kind not in ("relu", "topk"):
-        raise InputError(f"train_sae: no kind {kind!r}; use 'relu' or 'topk'")
-    if not (m >= 1 and steps >= 1 and batch >= 1 and lr > 0 and l1 >= 0 and resample >= 0):
-        raise InputError(
-            f"train_sae: n_latents={m}, steps={steps}, batch={batch}, lr={lr}, l1={l1}, resample={resample}; "
-            "need n_latents, steps and batch of at least 1, lr above 0, l1 and resample of at least 0"
-        )
+    checking.one_of(kind, ("relu", "topk"), "kind of train_sae")
+    whole = {"n_latents": (m, 1), "steps": (steps, 1), "batch": (batch, 1), "resample": (resample, 0)}
+    m, steps, batch, resample = (
+        checking.whole(value, f"train_sae: {name}", low) for name, (value, low) in whole.items()
+    )
+    l1, lr = checking.number(l1, "train_sae: l1", 0), checking.number(lr, "train_sae: lr", above=0)
     centre = data.mean(0)
     scale = float((data - centre).norm(dim=1).mean())
     if scale <= 1e-6 * float(centre.norm()):

@@ -4,9 +4,9 @@ Everything follows from the gradients' inner products, so that no gradient is ne
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 RESAMPLES = 2000
 FEWEST_EXAMPLES = 3
-# Examples of each label in a heat map: more cells than these cannot be told apart on a page.
-DRAWN = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +38,12 @@ class CosineStatistics:
         difference: within minus cross, with the interval of the same resamples.
         group_means: mean by two labels, `(a, b)` with a before b, and `(a, a)`.
         matched: mean over examples of one pair with different labels; None without pairs.
-        null_low, null_high: ends of the middle 95 % of the difference when labels are permuted.
+        null_low: lower end of the middle 95 % of the difference when labels are permuted.
+        null_high: its upper end.
         p_value: two-sided, of the difference among the permuted ones.
     """
 
-    cosines: Floats
+    cosines: Floats = field(repr=False)
     within: Interval
     cross: Interval
     difference: Interval
@@ -66,7 +65,8 @@ class GradientCosines:
     negative `raw.cross` would say.
 
     Attributes:
-        raw, centred: cosines, means, intervals and the label-permuted null before and after centring.
+        raw: cosines, means, intervals and the label-permuted null before centring.
+        centred: the same after it.
         labels: `[example]`.
         norms: L2 norm of each gradient before centring, `[example]`.
         about: which weight and loss, in words.
@@ -74,13 +74,13 @@ class GradientCosines:
 
     raw: CosineStatistics
     centred: CosineStatistics
-    labels: tuple[str, ...]
-    norms: Floats
+    labels: tuple[str, ...] = field(repr=False)
+    norms: Floats = field(repr=False)
     about: str
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row a kind ("raw", "centred") and comparison: kind, comparison, cosine, low, high, n, and null_low,
-        null_high, p_value, which only the comparison "within minus cross" has.
+        """Give a row a kind ("raw", "centred") and comparison: kind, comparison, estimate (mean cosine), low, high, n,
+        and null_low, null_high, p_value, which only the comparison "within minus cross" has.
         """
         kinds = {"raw": self.raw, "centred": self.centred}
         means: dict[tuple[str, str], Interval] = {}
@@ -89,64 +89,31 @@ class GradientCosines:
             means[kind, "within minus cross"] = found.difference
             means |= {(kind, f"{a} with {b}"): mean for (a, b), mean in found.group_means.items()}
             means |= {(kind, "same pair"): found.matched} if found.matched else {}
-        frame = interval_frame(means, ("kind", "comparison"), "cosine")
+        frame = interval_frame(means, ("kind", "comparison"))
         tested = frame["comparison"] == "within minus cross"
         for name in ("null_low", "null_high", "p_value"):
             frame.loc[tested, name] = [getattr(found, name) for found in kinds.values()]
         return frame
 
-    def plot(self, title: str = "Which mean cosines does centring turn negative?") -> "alt.LayerChart":
+    def plot(self, *, title: str = "Which mean cosines does centring turn negative?") -> "alt.LayerChart":
         """Draw the mean cosine of each two labels, raw and centred, with intervals."""
         from rim_core import charts
 
         frame = self.to_frame()
         frame = frame[~frame["comparison"].isin(["within", "cross", "within minus cross"])]
         said = "; ".join(
-            f"{row.comparison}, {row.kind}: {row.cosine:.2f} ({row.low:.2f} to {row.high:.2f})"
+            f"{row.comparison}, {row.kind}: {row.estimate:.2f} ({row.low:.2f} to {row.high:.2f})"
             for row in frame.itertuples()
         )
         return charts.intervals(
             frame,
-            "cosine",
+            "estimate",
             label="comparison",
             series="kind",
             title=title,
             x_title="mean cosine of gradients",
             description=f"Mean cosines of gradients ({self.about}), with 95 % intervals. {said}.",
             reference=0.0,
-        )
-
-    def plot_pairs(
-        self, kind: Literal["raw", "centred"] = "raw", title: str = "Are gradients alike within a label?"
-    ) -> "alt.LayerChart":
-        """Draw the cosine of every two examples, ordered by label: the first 20 of each label."""
-        from rim_core import charts
-
-        if kind not in ("raw", "centred"):
-            raise InputError(f"unknown kind {kind!r} of cosine: choose 'raw' or 'centred'")
-        found = self.raw if kind == "raw" else self.centred
-        names = list(dict.fromkeys(self.labels))
-        order = [row for name in names for row in np.flatnonzero(np.array(self.labels) == name)[:DRAWN]]
-        ends = np.cumsum([min(self.labels.count(name), DRAWN) for name in names])
-        spans = ", ".join(
-            f"{name} {start}-{end - 1}" for name, start, end in zip(names, [0, *ends], ends, strict=False)
-        )
-        first, second = np.divmod(np.arange(len(order) ** 2), len(order))
-        frame = pd.DataFrame({"first": first, "second": second, "cosine": found.cosines[np.ix_(order, order)].ravel()})
-        return charts.heatmap(
-            frame,
-            "cosine",
-            x="first",
-            y="second",
-            title=title,
-            x_title=f"example ({spans})",
-            y_title="example",
-            value_title=f"{kind} cosine",
-            description=(
-                f"Cosines of gradients ({self.about}), {kind}, between {len(order)} examples ordered by label: "
-                f"{spans}. Mean within labels {found.within.estimate:.2f}, across {found.cross.estimate:.2f}."
-            ),
-            diverging=True,
         )
 
 
@@ -216,12 +183,8 @@ def _statistics(products: Floats, examples: Labelled, seed: int) -> CosineStatis
         total, size = (((drawn @ part) * drawn).sum(1) for part in (cosines * which, which.astype(float)))
         return np.divide(total, size, out=np.full(len(drawn), np.nan), where=size > 0)
 
-    def interval(values: Floats, which: NDArray[np.bool_]) -> Interval:
-        low, high = np.nanpercentile(values[1:], [2.5, 97.5])
-        return Interval(float(values[0]), float(low), float(high), int(which.any(1).sum()), 0.95, method)
-
     def summary(which: NDArray[np.bool_], drawn: Floats = draws) -> Interval:
-        return interval(resampled(which, drawn), which)
+        return stats.percentiles(resampled(which, drawn), int(which.any(1).sum()), method)
 
     groups = {}
     for a, b in combinations_with_replacement(range(len(examples.names)), 2):
@@ -237,7 +200,7 @@ def _statistics(products: Floats, examples: Labelled, seed: int) -> CosineStatis
         cosines=cosines,
         within=summary(apart & same),
         cross=summary(apart & ~same),
-        difference=interval(difference, apart),
+        difference=stats.percentiles(difference, int(apart.any(1).sum()), method),
         group_means=groups,
         # Both mates are drawn at once: the square root keeps them from counting twice.
         matched=summary(mates, np.sqrt(draws)) if mates.any() else None,
