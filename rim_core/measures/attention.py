@@ -21,7 +21,7 @@ from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.measures._head_map import head_map
 from rim_core.models.batching import pad_left, run_batches, token_budget
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.tables import by_axes
 from rim_core.texts import encode
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from rim_core.errors import IdentityError
 from rim_core.measures._head_map import head_map
 from rim_core.measures.writes import added, held, held_scale, way
-from rim_core.models.capture import Activations
-from rim_core.models.checks import TOLERANCES
+from rim_core.models.batching import Positions
+from rim_core.models.capture import Activations, drawn, measure
+from rim_core.models.checks import tolerance
 from rim_core.models.hooks import by_layer
 from rim_core.models.layout import pull_back
-from rim_core.models.loading import Model
-from rim_core.models.measuring import Positions, measure, one_of
+from rim_core.models.model import Model
 from rim_core.models.norms import Norm, parts
 from rim_core.models.tokens import Tokens, two_sides
 from rim_core.tables import by_axes
@@ -142,7 +142,7 @@ class HeadContributions:
         Raises:
             InputError: a position that this result does not hold.
         """
-        where = one_of(self.positions, position, "HeadContributions.plot")
+        where = drawn(self.positions, position, "HeadContributions.plot")
         return head_map(
             _heads_at(self.to_frame(), where),
             title="Which heads write along the direction?",

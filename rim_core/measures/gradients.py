@@ -19,8 +19,9 @@ from rim_core.errors import InputError
 from rim_core.measures._gradient_cosines import GradientCosines, compare, labelled
 from rim_core.measures.likelihood import completing
 from rim_core.models.batching import run_batches, token_budget
-from rim_core.models.layout import Layout, in_features, pick, reading
-from rim_core.models.loading import Model
+from rim_core.models.hooks import pick, reading
+from rim_core.models.layout import Layout, in_features
+from rim_core.models.model import Model
 from rim_core.stats import Floats
 from rim_core.texts import encode, encode_more, require_room
 
@@ -203,7 +204,7 @@ def _pass(
     with (
         completing(model, ids, [len(tail) for tail in tails]) as (inputs, positions),
         _leaf_at(module) as held,
-        reading(layout, ("resid_post",), lambda tensor: tensor.clone(), [last]) as found,
+        reading(layout, ("resid_post",), lambda tensor: tensor.clone(), layers=[last]) as found,
     ):
         real = inputs["attention_mask"].bool()
         # The text's first token is predicted from nothing.

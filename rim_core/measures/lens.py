@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rim_core import checking
 from rim_core.errors import InputError
-from rim_core.models.capture import Activations
-from rim_core.models.loading import Model
-from rim_core.models.measuring import Positions, measure, one_of
+from rim_core.models.batching import Positions
+from rim_core.models.capture import Activations, drawn, measure
+from rim_core.models.model import Model
 from rim_core.models.tokens import Tokens, label, single_tokens
 from rim_core.tables import by_axes
 
@@ -96,7 +96,7 @@ class LogitLens:
         checking.one_of(measure, MEASURES, "measure of LogitLens.plot")
         if not self.tokens:
             raise InputError("LogitLens.plot draws named tokens: call logit_lens with tokens, or look at .top")
-        where = one_of(self.positions, position, "LogitLens.plot")
+        where = drawn(self.positions, position, "LogitLens.plot")
         frame = self.to_frame().query("measure == @measure and position == @where")
         last = frame[frame["layer"] == max(self.layers)]
         ends = "; ".join(f"{token} {mean:.3g}" for token, mean in zip(last["token"], last["estimate"], strict=True))

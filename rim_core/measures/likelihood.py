@@ -263,7 +263,7 @@ def _states(model: Model, ids: list[list[int]], lengths: list[int]) -> tuple[Ten
         def keep(tensor: Tensor) -> Tensor:
             return tensor[:, :-1][predicted.to(tensor.device)]
 
-        with reading(layout, ("resid_post",), keep, [last]) as found:
+        with reading(layout, ("resid_post",), keep, layers=[last]) as found:
             layout.body(**inputs, use_cache=False)
     states = found["resid_post", last]
     return states, inputs["input_ids"][:, 1:][predicted].to(states.device)

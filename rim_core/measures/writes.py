@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rim_core.errors import IdentityError
-from rim_core.models.checks import TOLERANCES
+from rim_core.models.checks import tolerance
 from rim_core.models.layout import head_outputs
-from rim_core.models.loading import Model
+from rim_core.models.model import Model
 from rim_core.models.norms import Norm, frozen_scale, parts
 
 
@@ -72,7 +72,7 @@ def held_scale(model: Model, norm: Norm, module: nn.Module, h: Tensor, tool: str
         IdentityError: one factor does not explain what the norm, called `what`, does to `h`.
     """
     scale, error = frozen_scale(norm, h, module(h.to(model.device, model.dtype)).float().cpu())
-    if not error <= TOLERANCES[model.dtype]:
+    if not error <= tolerance(model.dtype):
         raise IdentityError(
             f"{tool} cannot be trusted on {model.name}: its {what} ({type(module).__name__}) is "
             f"neither LayerNorm nor RMSNorm (off by {error:.1e}); use logit_lens, or patch"
