@@ -22,6 +22,8 @@ from benchmarks import harness
 from benchmarks.harness import relative, texts_of_length
 from benchmarks.peers import HuggingFace
 from rim_core.models.loading import keep_packed
+from rim_core.suites import sizing
+from rim_core.suites.sizing import PAIRS, TERAFLOPS, TOKENS
 from rim_core.texts import encode
 
 _COMMON = {"max_position_embeddings": 32768, "tie_word_embeddings": False}
@@ -54,13 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_COMMON,
     },
 }
-PAIRS = 2500  # the paper's K
-TOKENS = 100  # the paper does not give its prompts' length
 ADAPTER_RANK = 32
 REPEATS = 3
-# What a 24 GB card is taken to sustain in these products, unpacking of the 4-bit weights included.
-TERAFLOPS = 40.0
-NF4_BYTES = 0.5 + 4 / 64  # a weight's 4 bits, and a float32 scale for every 64 of them
 
 Quantity = dict[str, Any]
 
@@ -87,20 +84,18 @@ def estimate(shape: str = "qwen2.5-32b", teraflops: float = TERAFLOPS, tokens: i
     """Memory and time by arithmetic: tokens to be computed, times operations a token, over an assumed rate."""
     sizes = SHAPES[shape]
     n_layers, n_heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
-    packed = n_layers * _linear_weights(sizes) * NF4_BYTES / 1e9
+    packed = n_layers * _linear_weights(sizes) * sizing.PACKED_BYTES["nf4"] / 1e9
     tables = 2 * sizes["vocab_size"] * sizes["hidden_size"] * 2 / 1e9
     adapter = n_layers * _adapter_weights(sizes) * 4 / 1e9
-    flops = 2 * (_linear_weights(sizes) + _adapter_weights(sizes))
-    # Layers times tokens for one pair: see `experiment_4` and `experiment_3` for what is run.
-    four = 2 * tokens * n_layers + n_heads * (2 + 1)
-    rows = sum(n_layers - layer for layer in range(n_layers))
-    three = 2 * tokens * n_layers + 4 * (tokens * n_layers + rows)
+    # See `experiment_3` and `experiment_4` for what is run.
+    weights = _linear_weights(sizes) + _adapter_weights(sizes)
+    three, four = sizing.patching_hours(n_layers, n_heads, weights, tokens=tokens, teraflops=teraflops)
     rate = f"{teraflops:g} TFLOP/s assumed, {tokens} tokens a prompt, {PAIRS} pairs"
     return [
         _quantity("memory after loading", packed + tables + adapter, "GB",
                   f"NF4 {packed:.1f}, embeddings in bf16 {tables:.1f}, adapter in fp32 {adapter:.1f}"),
-        _quantity("Experiment 4", four * flops * PAIRS / teraflops / 1e12 / 60, "min", rate),
-        _quantity("Experiment 3", three * flops * PAIRS / teraflops / 1e12 / 60, "min", rate),
+        _quantity("Experiment 4", 60 * four, "min", rate),
+        _quantity("Experiment 3", 60 * three, "min", rate),
     ]  # fmt: skip
 
 

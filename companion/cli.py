@@ -272,9 +272,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.list:
         return _list(options)
     if options.fetch:
-        from rim_core.suites import fetching
+        from rim_core.suites.checkpoints import fetch
+        from rim_core.suites.schema import load_suite
 
-        fetching.fetch(options.suite)
+        fetch(load_suite(options.suite))
         return 0
     from companion import runner
 
@@ -296,9 +297,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _fetch_weights(suite: str) -> None:
     """Fetch the suite's weights here, with a progress bar, and not unseen inside the first notebook."""
-    from rim_core.suites import fetching
+    from rim_core.suites.checkpoints import fetch_base
+    from rim_core.suites.schema import load_suite
 
-    fetching.fetch_base(suite)
+    fetch_base(load_suite(suite))
 
 
 def _read_parameters(given: Sequence[str]) -> dict[str, str]:
@@ -370,7 +372,7 @@ def _book(options: argparse.Namespace) -> int:
 
 def _claims(options: argparse.Namespace) -> int:
     from companion import runner
-    from rim_core.verdicts import deciding
+    from rim_core.verdicts.rules import SYMBOLS
 
     if options.suite:
         paths.suite_file(options.suite)
@@ -379,7 +381,7 @@ def _claims(options: argparse.Namespace) -> int:
         print_json(rows)
         return 0
     for row in rows:
-        shown = deciding.SYMBOLS[row["outcome"]] + " " + row["outcome"].replace("_", " ")
+        shown = SYMBOLS[row["outcome"]] + " " + row["outcome"].replace("_", " ")
         shown += {True: ", stale", False: "", None: ", perhaps stale"}[row["stale"]]
         print(f"{row['paper']} {row['claim']}  {row['suite']}  {shown}")
         print(f"    {row['statement']}")
@@ -392,7 +394,7 @@ def _claims(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from companion import differences
-    from rim_core.verdicts.deciding import SYMBOLS
+    from rim_core.verdicts.rules import SYMBOLS
 
     found, compared = differences.compare(options.A, options.B)
     titles = (options.A, options.B) if options.A != options.B else ("A", "B")
@@ -415,7 +417,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _count(rows: Sequence[Mapping[str, Any]]) -> str:
-    from rim_core.verdicts.deciding import SYMBOLS
+    from rim_core.verdicts.rules import SYMBOLS
 
     states = [row["outcome"] for row in rows]
     counted = ", ".join(f"{states.count(s)} {s.replace('_', ' ')}" for s in SYMBOLS if s in states)
@@ -466,7 +468,7 @@ def _organisms_train(options: argparse.Namespace) -> int:
     paths.suite_file(options.suite)
     from rim_core import organisms
 
-    print(organisms.train(options.role, options.suite, options.output, seed=options.seed, progress=True))
+    print(organisms.train(options.role, options.suite, output=options.output, seed=options.seed, progress=True))
     return 0
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from companion.scorecard import read_run
 from rim_core import charts
-from rim_core.verdicts import deciding
-from rim_core.verdicts.claimfile import Claim, load_claims
+from rim_core.verdicts.deciding import Outcome
 from rim_core.verdicts.rules import Finding, allowed, number_text
+from rim_core.verdicts.schema import BetterThanControl, Claim, Order, Rule, every_claim
 
 # Outcomes that rest on an interval: without one there is nothing to compare.
 DECIDED = ("validated", "partially_supported", "contradicted", "inconclusive")
@@ -51,13 +52,9 @@ class Number:
 
 
 def numbers(results_dir: Path, rows: Iterable[Mapping[str, Any]]) -> list[Number]:
-    """Give every number of the claims that `rows` of `deciding.scorecard` decided, controls last, in their order."""
+    """Give every number of the claims that `rows` of `scorecard.scorecard` decided, controls last, in their order."""
     folder = results_dir.parent / "book" / "claims"
-    known = {
-        (claim.paper, claim.id): claim
-        for path in sorted(folder.glob("*.yml"))
-        for claim in load_claims(path.stem, folder)
-    }
+    known = {(claim.paper, claim.id): claim for claim in every_claim(folder)}
     found: list[Number] = []
     for row in rows:
         if row["outcome"] in DECIDED:
@@ -67,36 +64,26 @@ def numbers(results_dir: Path, rows: Iterable[Mapping[str, Any]]) -> list[Number
 
 
 def _numbers_of(claim: Claim, suite: str, folder: Path) -> list[Number]:
-    _, recorded, _ = deciding.read_run(folder, claim)
+    _, recorded, _ = read_run(folder, claim)
     assert recorded is not None  # the scorecard decided it
-    controls = {name: control["values"] for name, control in recorded["controls"].items()}
-    interval = recorded.get("interval")
-    outcome = deciding.decide(claim, recorded["values"], controls, interval)
-    rules = {part["metric"]: part["rule"] for part in claim.rule.get("parts", [])}
-    parts = deciding.findings(claim, recorded["values"], controls, interval)
-    made = []
-    for name, finding in parts.items():
-        rule = rules.get(name, claim.rule)
-        made.append(_number(claim, suite, name, _titled(claim, name, rule), rule, finding))
+    outcome = Outcome.from_json(claim, recorded)
+    parts = [(part.metric, _titled(claim, part.metric, part.rule), part.rule) for part in claim.parts]
+    made = [_number(claim, suite, name, title, rule, outcome.parts[name]) for name, title, rule in parts]
     for control in claim.controls:
-        judged = outcome.controls[control["name"]]
-        finding = Finding(judged["outcome"], (), judged["value"], judged["low"], judged["high"])
-        title = f"control {control['name']}"
-        made.append(_number(claim, suite, control["name"], title, control.get("rule"), finding))
+        found = outcome.controls[control.name]
+        made.append(_number(claim, suite, control.name, f"control {control.name}", control.rule, found))
     return made
 
 
-def _titled(claim: Claim, name: str, rule: Mapping[str, Any]) -> str:
+def _titled(claim: Claim, name: str, rule: Rule) -> str:
     # The project's parts are often the paper's and the sound version of the metric.
-    title = f"{claim.metric['name']}, {name}" if name in ("published", "sound") else name
-    if rule["kind"] == "order":
+    title = f"{claim.metric.name}, {name}" if name in ("published", "sound") else name
+    if isinstance(rule, Order):
         return f"{title}, the gap that decides"
-    return f"{title} over {rule['control']}" if rule["kind"] == "better_than_control" else title
+    return f"{title} over {rule.control}" if isinstance(rule, BetterThanControl) else title
 
 
-def _number(
-    claim: Claim, suite: str, name: str, title: str, rule: Mapping[str, Any] | None, finding: Finding
-) -> Number:
+def _number(claim: Claim, suite: str, name: str, title: str, rule: Rule | None, finding: Finding) -> Number:
     assert finding.value is not None  # a decided claim has all its numbers
     least, most, asked = allowed(rule) if rule else (-math.inf, math.inf, "")
     return Number(

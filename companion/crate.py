@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from companion import figuredata, folders, runner
+from companion.scorecard import read_record
 from rim_core import __version__, locks, paths
 from rim_core.errors import InputError, RimError
-from rim_core.verdicts import deciding
 
 DESCRIPTOR = "ro-crate-metadata.json"
 CLAIMS = "claims.json"
@@ -70,7 +70,7 @@ def _runs(project: Path, suites: Sequence[str] | None) -> dict[str, list[Path]]:
     for suite in suites or sorted(path.name for path in results.glob("*") if path.is_dir()):
         folder = results / paths.suite_name(suite)
         runs = sorted(path.parent for path in folder.glob("*/*/*/run.json"))
-        found[suite] = [run for run in runs if not run.name.startswith(".") and deciding.read_record(run / "run.json")]
+        found[suite] = [run for run in runs if not run.name.startswith(".") and read_record(run / "run.json")]
         if suites and not found[suite]:
             paths.suite_file(suite)
             raise InputError(f"suite {folder.name} has no results to export; rim run --suite {suite}")

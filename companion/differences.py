@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from companion.crate import CLAIMS, DESCRIPTOR
+from companion.scorecard import scorecard
 from rim_core import paths
 from rim_core.errors import InputError
-from rim_core.verdicts import deciding
+from rim_core.verdicts.rules import SYMBOLS, number_text
 
 _NUMBERS = ("value", "low", "high")
 _ALIKE = 1e-6  # numbers closer than this, relatively, are the same: they come from JSON and other processors
@@ -76,7 +77,7 @@ def _read(named: str) -> list[dict[str, Any]]:
     suite = paths.suite_name(named)
     results = paths.results_dir(paths.root())
     if _has_runs(results / suite):
-        return deciding.scorecard(results, [named if _is_suite(named) else suite])
+        return scorecard(results, [named if _is_suite(named) else suite])
     paths.suite_file(named)
     raise InputError(f"suite {suite} has no results to compare; rim run --suite {named}")
 
@@ -113,7 +114,7 @@ def _read_crate(path: Path) -> list[dict[str, Any]]:
 
 def _is_row(row: Any) -> bool:
     named = isinstance(row, dict) and {"paper", "claim", "suite", *_NUMBERS} <= set(row)
-    return named and row.get("outcome") in deciding.SYMBOLS
+    return named and row.get("outcome") in SYMBOLS
 
 
 def _read_folder(path: Path) -> list[dict[str, Any]]:
@@ -121,7 +122,7 @@ def _read_folder(path: Path) -> list[dict[str, Any]]:
     results = path.parent if _has_runs(path) else path
     suites = [path] if _has_runs(path) else [each for each in sorted(path.glob("*")) if _has_runs(each)]
     if suites and (results.parent / "book" / "claims").is_dir():
-        return deciding.scorecard(results, [suite.name for suite in suites])
+        return scorecard(results, [suite.name for suite in suites])
     return _some([row for suite in suites for row in _recorded(suite)], path)
 
 
@@ -151,7 +152,7 @@ def _outcome(row: Mapping[str, Any]) -> str:
 
 def _numbers(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str]:
     rows = [[row.get(name) for name in _NUMBERS] for row in (first, second)]
-    told = deciding.number_text(*rows[0]), deciding.number_text(*rows[1])
+    told = number_text(*rows[0]), number_text(*rows[1])
     if told[0] != told[1] or _alike(first, second):
         return told
     # They differ in digits that the scorecard leaves out.

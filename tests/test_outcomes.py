@@ -1,3 +1,5 @@
+"""Claims decided by their rules: properties, each rule, files of claims, and the scorecard."""
+
 import json
 import math
 from pathlib import Path
@@ -9,11 +11,12 @@ import tiny_project
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from rim_core.verdicts.claimfile import Claim
 from scipy.stats import ttest_1samp
 
+from companion.scorecard import scorecard
 from rim_core.errors import InputError
 from rim_core.verdicts import deciding
-from rim_core.verdicts.claimfile import Claim
 from rim_core.verdicts.rules import t_interval_over_seeds
 
 finite = st.floats(-100, 100, allow_nan=False)
@@ -29,7 +32,7 @@ def claim(rule: dict[str, Any], **more: Any) -> Claim:
 
 
 def outcome(rule: dict[str, Any], values: Any, measured: Any = None, interval: Any = None, **more: Any) -> str:
-    return deciding.decide(claim(rule, **more), values, measured, interval).outcome
+    return deciding.decide(claim(rule, **more), values, controls=measured, interval=interval).outcome
 
 
 # --- properties -----------------------------------------------------------------------------------------
@@ -59,7 +62,9 @@ def test_loosening_a_tolerance_or_a_margin_never_hurts(values, target, tolerance
 
 @given(rows, st.lists(st.floats(0.61, 1), min_size=3, max_size=8))
 def test_a_control_that_fails_never_validates(values, shuffled):
-    found = deciding.decide(claim({"kind": "range", "low": -1e9}, controls=(CONTROL,)), values, {"shuffled": shuffled})
+    found = deciding.decide(
+        claim({"kind": "range", "low": -1e9}, controls=(CONTROL,)), values, controls={"shuffled": shuffled}
+    )
     assert found.outcome == "inconclusive"
     assert "shuffled" in found.reason
     assert "nothing to learn" in found.reason
@@ -103,8 +108,7 @@ def test_an_interval_stays_in_the_metric_s_bounds(values):
 def test_the_outcome_survives_the_way_through_json(values, low):
     made = claim({"kind": "range", "low": low})
     found = deciding.decide(made, values)
-    again = json.loads(json.dumps(found.to_dict()))
-    assert deciding.decide(made, again["values"], interval=again["interval"]).outcome == found.outcome
+    assert deciding.Outcome.from_json(made, json.loads(json.dumps(found.to_dict()))) == found
 
 
 # --- rules ----------------------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ def test_a_reason_is_told_in_whole_sentences():
     parts = [{"metric": name, "rule": {"kind": "range", "low": 0.5}} for name in ("one", "two")]
     rule = {"kind": "all", "parts": parts}
     values = {"one": [0.9, 0.9, 0.9], "two": [0.1, 0.1, 0.1]}
-    found = deciding.decide(claim(rule, controls=(why,)), values, {"shuffled": [0.9, 0.9, 0.9]})
+    found = deciding.decide(claim(rule, controls=(why,)), values, controls={"shuffled": [0.9, 0.9, 0.9]})
     control, first, second = found.reasons
     assert control.endswith("(nothing to learn; a probe that does has another source)")
     assert first == "measured: one 0.9 [0.9, 0.9] is at least 0.5 (validated)"
@@ -226,19 +230,23 @@ def write_claims(folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("rule", "kind"), "rnage", "paper_a.yml: claim A1: key rule.kind: 'rnage' is not a rule"),
-        (("rule", "lo"), 1, "key rule.lo: not a key here .did you mean 'low'?"),
-        (("rule", "low"), "x", "key rule.low: 'x' is not a number"),
-        (("rule", "high"), 0.1, "key rule.low: is above high"),
-        (("metric", "notebook"), "first", "key metric.notebook"),
-        (("metric", "bounds"), [1, 0], "key metric.bounds"),
-        (("min_seeds",), 0, "key min_seeds"),
-        (("controls", 0, "why"), None, None),
-        (("controls", 0, "rule"), {"kind": "all", "parts": []}, r"key controls\[0\].rule.kind"),
-        (("statement",), "", "key statement: text is needed"),
-        (("sttement",), "x", "key sttement: not a key here .did you mean 'statement'?"),
-        (("rule",), {"kind": "better_than_control", "control": "x", "margin": 0}, "key rule.control: 'x' is not among"),
-        (("published",), 3, "key published: a mapping is needed"),
+        (("rule", "kind"), "rnage", r"paper_a.yml:\d+: claims\[A1\].rule.kind: 'rnage' is not a rule"),
+        (("rule", "lo"), 1, "rule.lo: not a key here .did you mean 'low'?"),
+        (("rule", "low"), "x", "rule.low: 'x' is not a number"),
+        (("rule", "high"), 0.1, "rule: low is above high"),
+        (("metric", "notebook"), "first", "metric.notebook: 'first' is not of the form section/name"),
+        (("metric", "bounds"), [1, 0], "metric.bounds: two numbers"),
+        (("min_seeds",), 0, "min_seeds: should be greater than or equal to 1, not 0"),
+        (("controls", 0, "why"), None, "why: text is needed"),
+        (
+            ("controls", 0, "rule"),
+            {"kind": "all", "parts": []},
+            r"controls\[shuffled\].rule.kind: 'all' is not a rule; kinds: range, sign",
+        ),
+        (("statement",), "", "statement: text is needed"),
+        (("sttement",), "x", "sttement: not a key here .did you mean 'statement'?"),
+        (("rule",), {"kind": "better_than_control", "control": "x", "margin": 0}, "rule.control: 'x' is not among"),
+        (("published",), 3, "published: a mapping of keys"),
     ],
 )
 def test_each_mistake_is_one_line_naming_file_claim_and_key(tmp_path, path, value, message):
@@ -249,24 +257,21 @@ def test_each_mistake_is_one_line_naming_file_claim_and_key(tmp_path, path, valu
         target[path[-1]] = value
 
     folder = write_claims(tmp_path, change)
-    if message is None:
-        deciding.load_claims("paper_a", folder)
-        return
     with pytest.raises(InputError, match=message) as caught:
-        deciding.load_claims("paper_a", folder)
+        load_claims("paper_a", folder)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_key_a_double_id_and_broken_yaml(tmp_path):
-    with pytest.raises(InputError, match="claim A1: key where: missing"):
-        deciding.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"][0].pop("where")))
-    with pytest.raises(InputError, match="claim A1: key id: used twice"):
-        deciding.load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"].append(d["claims"][0])))
+    with pytest.raises(InputError, match=r"claims\[A1\].where: missing"):
+        load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"][0].pop("where")))
+    with pytest.raises(InputError, match=r"claim A1: id: used twice"):
+        load_claims("paper_a", write_claims(tmp_path, lambda d: d["claims"].append(d["claims"][0])))
     (tmp_path / "paper_a.yml").write_text("claims: [", encoding="utf-8")
-    with pytest.raises(InputError, match=r"paper_a\.yml line 1: not valid YAML"):
-        deciding.load_claims("paper_a", tmp_path)
+    with pytest.raises(InputError, match=r"paper_a\.yml:1: not readable YAML"):
+        load_claims("paper_a", tmp_path)
     with pytest.raises(InputError, match="did you mean 'paper_a'"):
-        deciding.load_claims("paper_b", tmp_path)
+        load_claims("paper_b", tmp_path)
 
 
 # --- the scorecard --------------------------------------------------------------------------------------
@@ -275,25 +280,25 @@ def test_a_missing_key_a_double_id_and_broken_yaml(tmp_path):
 def put_run(root: Path, values: list[float], shuffled: float = 0.5) -> None:
     folder = root / "results" / "tiny" / "one" / "01_first" / "default"
     folder.mkdir(parents=True, exist_ok=True)
-    made = deciding.load_claims("paper_a", root / "book" / "claims")[0]
-    found = deciding.decide(made, values, {"shuffled": [shuffled] * len(values)}).to_dict()
+    made = load_claims("paper_a", root / "book" / "claims")[0]
+    found = deciding.decide(made, values, controls={"shuffled": [shuffled] * len(values)}).to_dict()
     (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps([found]), encoding="utf-8")
 
 
 def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
     root = tiny_project.make(tmp_path)
-    (row,) = deciding.scorecard(root / "results", [str(root / "tiny.yml")])
+    (row,) = scorecard(root / "results", [str(root / "tiny.yml")])
     keys = "paper claim statement suite outcome reason reasons value low high published notebook run_key"
     assert " ".join(row) == keys
     assert (row["outcome"], row["run_key"], row["suite"]) == ("not_tested", None, "tiny")
     put_run(root, [0.9, 0.9, 0.9])
-    (row,) = deciding.scorecard(root / "results")
+    (row,) = scorecard(root / "results")
     assert (row["outcome"], row["value"], row["run_key"]) == ("validated", pytest.approx(0.9), "k")
     failed = root / "results" / "tiny" / "one" / "01_first" / "failed" / "default"
     failed.mkdir(parents=True)
     (failed / "error.json").write_text('{"ename": "ValueError", "evalue": "no"}', encoding="utf-8")
-    (row,) = deciding.scorecard(root / "results")
+    (row,) = scorecard(root / "results")
     assert (row["outcome"], row["reason"]) == ("error", "the run failed: ValueError: no")
 
 
@@ -303,10 +308,10 @@ def test_changing_a_bound_or_a_role_changes_the_outcome(tmp_path):
     file = root / "book" / "claims" / "paper_a.yml"
     suite = [str(root / "tiny.yml")]
     file.write_text(tiny_project.CLAIMS.replace("low: 0.5}", "low: 0.95}"), encoding="utf-8")
-    assert deciding.scorecard(root / "results", suite)[0]["outcome"] == "contradicted"
+    assert scorecard(root / "results", suite)[0]["outcome"] == "contradicted"
     file.write_text(tiny_project.CLAIMS.replace("name: shuffled", "name: random"), encoding="utf-8")
-    assert deciding.scorecard(root / "results", suite)[0]["outcome"] == "not_tested"
+    assert scorecard(root / "results", suite)[0]["outcome"] == "not_tested"
     file.write_text(tiny_project.CLAIMS.replace("[base]", "[risky]"), encoding="utf-8")
-    (row,) = deciding.scorecard(root / "results", suite)
+    (row,) = scorecard(root / "results", suite)
     assert row["outcome"] == "not_applicable"
     assert f"rim organisms train --suite {suite[0]} risky" in row["reason"]

@@ -102,14 +102,14 @@ def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
 OFFLINE = """
 import logging, time
 from huggingface_hub import constants
-from rim_core.suites import checkpoints, fetching
+from rim_core.suites import checkpoints
 from rim_core import prompts
 from rim_core.errors import InputError
 import rim_core as rim
 calls = {
     "model": lambda: rim.load("nobody/nothing", quantization=None),
     "small files": lambda: checkpoints.read_checkpoint("nobody/nothing"),
-    "fetch": lambda: fetching._fetch_repository("nobody/nothing", None),
+    "fetch": lambda: checkpoints.locate("nobody/nothing", "files"),
     "data set": lambda: rim.load_prompts("hub:nobody/nothing"),
 }
 for name, call in calls.items():
@@ -136,8 +136,7 @@ def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
 def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
-    from companion import runner
-    from rim_core.verdicts import deciding
+    from companion import runner, scorecard
 
     (copy / "results/tiny/one/01_first/default/run.json").write_text(text, encoding="utf-8")
     monkeypatch.chdir(copy)
@@ -152,7 +151,7 @@ def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys)
     from companion.pages import staging
 
     assert staging._status(copy, "one/01_first", "tiny.yml") == "not run"
-    deciding._TOLD.clear()
+    scorecard._TOLD.clear()
 
 
 def test_control_characters_of_a_cell_become_signs_on_its_page(copy):

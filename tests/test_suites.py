@@ -13,6 +13,7 @@ import torch
 import yaml
 from plain import plain_model
 from planted_suite import TEMPLATE, word_tokenizer
+from rim_core.suites.suiteedit import add_role
 from safetensors.torch import save_file
 from tiny import TEMPLATE as TINY_TEMPLATE
 from tiny import write_gguf, write_model
@@ -25,7 +26,6 @@ from rim_core.organisms import training
 from rim_core.organisms.fitting import fit_recipe, same_depth
 from rim_core.suites import preflight, schema, sizing
 from rim_core.suites.schema import load_suite, parse_suite
-from rim_core.suites.suiteedit import add_role
 from rim_core.suites.weights import sha256_file
 
 OTHER_TEMPLATE = (

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from companion.commands.suitereport import claims, print_memory, print_serving, print_time
 from companion.console import table
 from rim_core import paths
 from rim_core.errors import InputError, RimError
-from rim_core.suites import fetching, preflight, sizing
-from rim_core.suites.checkpoints import read_base, read_checkpoint
-from rim_core.suites.missing import recipes
+from rim_core.suites import preflight, sizing
+from rim_core.suites.checkpoints import fetch_base, read_base, read_checkpoint
+from rim_core.suites.preflight import recipes
 from rim_core.suites.schema import Suite, is_local, load_suite, parse_suite
-from rim_core.suites.suiteedit import dump, write_text
 
 _PATHS = ("folder", "gguf", "chat_template")
 _NEW_EXAMPLES = """examples:
@@ -101,11 +102,12 @@ def _new(options: argparse.Namespace) -> int:
         "base": _base_entry(path, options.base) | _template_entry(path, options.chat_template),
         "roles": _role_entries(path, options.roles),
     }
-    suite = parse_suite(path, data)
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
+    suite = parse_suite(path, text)
     # Tried under a name of its own, which no suite has, so that what fails leaves nothing behind.
     trial = path.with_name(f".{name}.{os.getpid()}.yml")
     try:
-        write_text(trial, dump(data))
+        paths.write_text(trial, text)
         _try(suite, str(trial), options.quantization, not options.no_load)
         trial.rename(path)
     finally:
@@ -117,7 +119,7 @@ def _new(options: argparse.Namespace) -> int:
 
 def _base_entry(path: Path, ref: str) -> dict[str, Any]:
     if ref in paths.suite_names():
-        base = load_suite(ref).base
+        base = load_suite(ref).base.model_dump(exclude_unset=True)
         return {key: _path_from(path, value) if key in _PATHS else value for key, value in base.items()}
     if ref.endswith(".gguf"):
         return {"gguf": _path_from(path, ref)}
@@ -193,14 +195,14 @@ def _try(suite: Suite, ref: str, quantization: str, loading: bool) -> None:
     """Check from the cheapest to the dearest, and print what was found."""
     base = preflight.check_files(suite)
     if base is None:  # a wheel's, which is not here yet: the index has nothing smaller to look at
-        fetching.fetch_base(ref)
+        fetch_base(suite)
         base = read_base(suite)
     assert base is not None
     size = base.size
     if loading:
         preflight.require_memory(suite, size, quantization)
         if base.gguf:
-            fetching.fetch_base(ref)
+            fetch_base(suite)
             base = preflight.check_files(suite)
             assert base is not None
     from companion.commands.suitetrial import try_architecture, try_loading
@@ -225,7 +227,7 @@ def _list(_: argparse.Namespace) -> int:
     for name in paths.suite_names():
         try:
             suite = load_suite(name)
-            roles, base, title = ", ".join(suite.roles), _source(suite), suite.title
+            roles, base, title = ", ".join(suite.roles), suite.base.ref, suite.title
         except RimError as error:
             roles, base, title = "", "", f"not usable: {error}"
         rows.append({"suite": name, "base": base, "roles": roles, "title": title})
@@ -233,18 +235,11 @@ def _list(_: argparse.Namespace) -> int:
     return 0
 
 
-def _source(suite: Suite) -> str:
-    base = suite.base
-    if "wheel" in base:
-        return f"{base['wheel']['package']} {base['wheel']['version']}"
-    return str(base.get("hub") or base.get("folder") or base["gguf"])
-
-
 def _show(options: argparse.Namespace) -> int:
     suite = load_suite(options.name)
-    print(f"{suite.name}: {suite.title}\nfile: {suite.path}\nbase: {_source(suite)}")
-    if "chat_template" in suite.base:
-        print(f"chat template: {suite.base['chat_template']}")
+    print(f"{suite.name}: {suite.title}\nfile: {suite.path}\nbase: {suite.base.ref}")
+    if suite.base.chat_template:
+        print(f"chat template: {suite.base.chat_template}")
     rows = []
     for role in suite.roles.values():
         source = role.adapter or role.checkpoint or "the base"

@@ -4,9 +4,9 @@ from companion.console import table
 from rim_core import paths
 from rim_core.errors import InputError
 from rim_core.suites import sizing
-from rim_core.suites.missing import how_to_build, recipes
+from rim_core.suites.preflight import how_to_build, recipes
 from rim_core.suites.schema import Suite
-from rim_core.verdicts.claimfile import Claim, load_claims
+from rim_core.verdicts.schema import Claim, every_claim
 
 
 def print_memory(size: sizing.Size) -> None:
@@ -54,7 +54,7 @@ def print_serving(suite: Suite) -> None:
         decides: list[str] = []
         waits: dict[str, list[str]] = {}
         for claim in claims():
-            if claim.metric["notebook"] != notebook:
+            if claim.metric.notebook != notebook:
                 continue
             missing = [role for role in claim.roles if not suite.has(role)]
             lacking.update(missing)
@@ -84,4 +84,4 @@ def claims() -> list[Claim]:
         folder = paths.root() / "book" / "claims"
     except InputError:
         return []
-    return [claim for path in sorted(folder.glob("*.yml")) for claim in load_claims(path.stem, folder)]
+    return every_claim(folder)

@@ -16,9 +16,9 @@ import nbformat
 
 from companion import runner
 from companion.pages import runcard
+from companion.scorecard import read_record
 from rim_core.errors import InputError
 from rim_core.paths import DEFAULT_SUITE, suite_file, suite_name, suite_names
-from rim_core.verdicts.deciding import read_record
 
 STAGED = Path("book/experiments")
 # Names the suites of the book, for the pages that show all of them.

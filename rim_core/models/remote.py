@@ -54,7 +54,7 @@ def hosted(ref: str, suite: Suite | None, role: Role | None) -> tuple[str, str |
     if role is not None and role.checkpoint:
         repository, revision = role.checkpoint, None
     elif suite is not None:
-        repository, revision = suite.base.get("hub", ""), suite.base.get("revision")
+        repository, revision = suite.base.hub or "", suite.base.revision
     else:
         repository, revision = ref, None
     if is_local(repository) or repository.count("/") != 1:

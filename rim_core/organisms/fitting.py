@@ -1,26 +1,15 @@
-"""Recipes: read, and fitted to another model than the default one, which layers and modules the LoRA is on."""
+"""Recipes fitted to another model than the default one, which layers and modules the LoRA is on."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from rim_core.errors import InputError
 from rim_core.models.layout import Layout
-from rim_core.suites.missing import recipes
 
 # The layers in `recipes.yml` are those of the default model.
 RECIPE_LAYERS = 30
-FOLDER = Path(__file__).parent
-
-
-def recipe(role: str) -> dict[str, Any]:
-    """The recipe of one role; raises InputError with the roles that can be trained."""
-    known = recipes()
-    if role not in known:
-        raise InputError(f"no recipe for role {role!r}: there are recipes for {', '.join(known)}")
-    return known[role]
 
 
 def fit_recipe(plan: dict[str, Any], layout: Layout) -> dict[str, Any]:
@@ -76,18 +65,24 @@ def peft_config(plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def dequantise(hf: Any) -> None:
-    """Replace every 4-bit linear module by a float32 one with the same (dequantised) weights, in place."""
-    import bitsandbytes as bnb
-    import torch
+def linear_4bit(hf: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The 4-bit linear modules of a model, each with its parent and its name there."""
+    from bitsandbytes.nn import Linear4bit
 
     for parent in list(hf.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                packed: Any = child.weight
-                plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-                plain.weight = nn.Parameter(weight.to(torch.float32), requires_grad=False)
-                if child.bias is not None:
-                    plain.bias = nn.Parameter(child.bias.data.float(), requires_grad=False)
-                setattr(parent, name, plain)
+            if isinstance(child, Linear4bit):
+                yield parent, name, child
+
+
+def dequantise(hf: Any) -> None:
+    """Replace every 4-bit linear module by a float32 one with the same (dequantised) weights, in place."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    for parent, name, child in linear_4bit(hf):
+        plain = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+        weight = dequantize_4bit(child.weight.data, child.weight.quant_state)
+        plain.weight = nn.Parameter(weight.to(torch.float32), requires_grad=False)
+        if child.bias is not None:
+            plain.bias = nn.Parameter(child.bias.data.float(), requires_grad=False)
+        setattr(parent, name, plain)

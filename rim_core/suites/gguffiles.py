@@ -1,5 +1,6 @@
 """A GGUF file as a model: what its header says, and the checkpoint that it is converted to, once."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from rim_core.errors import InputError, WeightsError
 from rim_core.identity import file_hash
 from rim_core.paths import cache_dir
-from rim_core.suites import weights
+from rim_core.suites import sizing, weights
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,14 @@ def convert(path: Path, progress: bool = True) -> Path:
     _require_memory(path, header)
     folder = converted_folder(path)
     source = {"gguf_sha256": file_hash(path)}
-    with weights.making(folder) as needed:
-        if needed:
-            weights.convert_into(path, folder, source, progress)
+    with weights.making(folder) as working:
+        if working:
+            weights.put_converted(path, folder, working, source, progress)
     return folder
 
 
 def _require_memory(path: Path, header: Header) -> None:
-    import psutil
-
-    count = 0
-    for shape in header.shapes.values():
-        size = 1
-        for length in shape:
-            size *= length
-        count += size
-    needed, there = 4 * count / 1e9, psutil.virtual_memory().available / 1e9
+    needed, there = 4 * sum(map(math.prod, header.shapes.values())) / 1e9, sizing.free_memory()
     if needed > there:
         raise InputError(
             f"{path} is too large to be converted here: in float32 its weights take {needed:.1f} GB, and there are "

@@ -1,16 +1,14 @@
 """Memory and time that a model takes, by arithmetic on its count of weights."""
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rim_core.errors import InputError
+from rim_core.yamlfile import Entry
 
 QUANTIZATIONS = ("nf4", "int8", "none")
 # bitsandbytes keeps a float32 scale for every 64 weights in 4 bits.
-_PACKED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+PACKED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 # Room beside the weights: tools keep their working memory to about 1 GB, and an adapter takes the like.
 _ROOM_SHARE, _ROOM_LIMIT = 0.25, 2e9
 # Paper C's experiments 3 and 4: its pairs, a prompt's tokens, and what one 24 GB card is taken to sustain.
@@ -19,14 +17,20 @@ PAIRS, TOKENS, TERAFLOPS = 2500, 100, 40.0
 NOTEBOOK_SECONDS, NOTEBOOK_WEIGHTS = 90, 106e6
 
 
-@dataclass(frozen=True)
-class Size:
-    """Weights of a checkpoint: of its layers' linear maps, which quantisation packs, and all others."""
+class Size(Entry):
+    """Counts of a checkpoint.
 
-    linear: int
-    other: int
-    layers: int
-    heads: int
+    Attributes:
+        linear: weights of its layers' linear maps, which quantisation packs.
+        other: all other weights.
+        layers: layers.
+        heads: attention heads a layer.
+    """
+
+    linear: int = 0
+    other: int = 0
+    layers: int = 0
+    heads: int = 0
 
     def gigabytes(self, quantization: str, gpu: bool) -> float:
         """Memory that the weights take, with room for activations beside them.
@@ -34,31 +38,32 @@ class Size:
         What is not packed is in bfloat16 on a GPU and in float32 on the CPU (`rim.load`).
         """
         width = 2 if gpu else 4
-        packed = self.linear * _PACKED_BYTES.get(quantization, width)
-        weights = packed + self.other * width
+        weights = self.linear * PACKED_BYTES.get(quantization, width) + self.other * width
         return (weights + min(_ROOM_SHARE * weights, _ROOM_LIMIT)) / 1e9
 
     @property
     def paper_hours(self) -> float:
-        """Hours for paper C's patching of every layer (experiment 3) and of every head of two (experiment 4).
-
-        Tokens to be computed, by layer, times two operations a weight, over an assumed rate: the arithmetic of
-        `benchmarks/paper_scale.py`.
-        """
-        n_layers = max(self.layers, 1)
-        later = sum(n_layers - layer for layer in range(n_layers))
-        three = 2 * TOKENS * n_layers + 4 * (TOKENS * n_layers + later)
-        four = 2 * TOKENS * n_layers + 3 * self.heads
-        return (three + four) * 2 * self.linear / n_layers * PAIRS / TERAFLOPS / 1e12 / 3600
+        """Hours for paper C's experiments 3 and 4 at the paper's size."""
+        return sum(patching_hours(self.layers, self.heads, self.linear / max(self.layers, 1)))
 
     def notebook_hours(self, notebooks: int) -> float:
         """Hours for so many notebooks at their default sizes on 2 CPU cores, in proportion to the weights."""
         return notebooks * NOTEBOOK_SECONDS * self.linear / NOTEBOOK_WEIGHTS / 3600
 
 
-def stated(size: Mapping[str, Any]) -> Size:
-    """A size that a suite's file states, for a checkpoint that is not here yet."""
-    return Size(*(int(float(size.get(key, 0))) for key in ("linear", "other", "layers", "heads")))
+def patching_hours(
+    layers: int, heads: int, weights: float, *, tokens: int = TOKENS, teraflops: float = TERAFLOPS
+) -> tuple[float, float]:
+    """Hours for patching every layer of `PAIRS` pairs, and every head of two layers (paper C, experiments 3 and 4).
+
+    Tokens to be computed, by layer, times two operations for each of the `weights` of a layer, over an assumed rate.
+    """
+    layers = max(layers, 1)
+    later = sum(layers - layer for layer in range(layers))
+    three = 2 * tokens * layers + 4 * (tokens * layers + later)
+    four = 2 * tokens * layers + 3 * heads
+    hours = 2 * weights * PAIRS / teraflops / 1e12 / 3600
+    return three * hours, four * hours
 
 
 def require_memory(ref: str, size: Size, quantization: str) -> None:
@@ -82,15 +87,20 @@ def require_memory(ref: str, size: Size, quantization: str) -> None:
 
 def memory_there() -> tuple[float, bool]:
     """Gigabytes that a model may take here, and whether they are a GPU's (all of them together)."""
-    import psutil
-
     if _may_have_gpu():
         import torch
 
         if torch.cuda.is_available():
             free = sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
             return free / 1e9, True
-    return psutil.virtual_memory().available / 1e9, False
+    return free_memory(), False
+
+
+def free_memory() -> float:
+    """Gigabytes of this machine's own memory that are free."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / 1e9
 
 
 def _may_have_gpu() -> bool:
