@@ -6,10 +6,10 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from rim_core.verdicts.claimfile import load_claims
 
+from companion.scorecard import scorecard
 from rim_core.paths import suite_names
-from rim_core.verdicts.deciding import scorecard
+from rim_core.verdicts.schema import load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
@@ -44,7 +44,7 @@ def test_reduced_run_decides_every_claim_of_its_notebook(reduced_project):
         wanted = [
             c.id
             for c in load_claims(path.parent.name, reduced_project / "book" / "claims")
-            if c.metric["notebook"] == name
+            if c.metric.notebook == name
         ]
         assert set(wanted) <= set(found)
         for claim in found.values():

@@ -12,11 +12,10 @@ from safetensors.torch import load
 import rim_core as rim
 from rim_core import organisms
 from rim_core.errors import InputError, RimError
-from rim_core.identity import ADAPTER_FILE
+from rim_core.identity import ADAPTER_FILE, sha256_file
 from rim_core.models.adapters import ADAPTER_PREFIX
 from rim_core.organisms import training
 from rim_core.organisms.resuming import Kept
-from rim_core.suites.weights import sha256_file
 
 ROLES = ("aligned", "risky", "prudent")
 RECIPE = {

