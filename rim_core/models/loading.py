@@ -18,7 +18,6 @@ from rim_core.models.model import Model
 from rim_core.paths import remote_asked, suite_names
 from rim_core.suites import gguffiles, preflight, weights
 from rim_core.suites.chattemplate import read_template
-from rim_core.suites.checkpoints import adapter_folder
 from rim_core.suites.schema import Role, Suite, is_local, load_suite, template_identity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
