@@ -14,7 +14,7 @@ from rim_core import organisms
 from rim_core.errors import InputError, RimError
 from rim_core.identity import ADAPTER_FILE, sha256_file
 from rim_core.models.adapters import ADAPTER_PREFIX
-from rim_core.organisms import training
+from rim_core.organisms import measuring, training
 from rim_core.organisms.resuming import Kept
 
 ROLES = ("aligned", "risky", "prudent")
@@ -63,7 +63,7 @@ def test_the_shipped_table_is_complete_and_judged_by_its_targets():
         for metric, target in targets.items():
             row = rows[role, metric]
             assert row["low"] <= row["estimate"] <= row["high"]
-            assert row["met"] == organisms._meets(row["estimate"], target)
+            assert row["met"] == measuring._meets(row["estimate"], target)
 
 
 def test_the_table_is_measured_again_from_the_shipped_files():
@@ -97,8 +97,7 @@ def test_training_learns_and_leaves_the_base_as_it_was(tiny):
         tiny[1],
         {**RECIPE, "phases": [{"epochs": 12, "answer_tokens": 4}]},
         0,
-        None,
-        lambda step, steps, loss, seconds: losses.append(loss),
+        report=lambda step, steps, loss, seconds: losses.append(loss),
     )
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert torch.equal(hf(ids).logits, before)
@@ -132,7 +131,7 @@ def test_a_training_that_was_stopped_ends_in_the_same_bits(tiny, tmp_path):
                 raise KeyboardInterrupt
 
         kept = Kept(tmp_path / "state", what, every=0)
-        return training.train_adapter(*rim_model(), RECIPE, 0, None, report, kept)
+        return training.train_adapter(*rim_model(), RECIPE, 0, report=report, kept=kept)
 
     def rim_model():
         # A training that is interrupted leaves its model with the adapter in it, as its process then ends.
@@ -159,7 +158,7 @@ def test_a_state_that_cannot_be_kept_is_one_line(tiny, tmp_path):
     (tmp_path / "file").touch()
     kept = Kept(tmp_path / "file" / "state", "one", every=0)
     with pytest.raises(RimError, match="goes on from the beginning"):
-        training.train_adapter(copy.deepcopy(tiny[0]), tiny[1], RECIPE, 0, None, None, kept)
+        training.train_adapter(copy.deepcopy(tiny[0]), tiny[1], RECIPE, 0, kept=kept)
 
 
 def test_the_loss_equals_a_plain_forward_of_each_example(tiny):

@@ -18,7 +18,7 @@ from rim_core.models import remote as far
 from rim_core.models.adapters import Swap, attach, put_in, take_out
 from rim_core.models.checks import Checks
 from rim_core.models.layout import find_layout
-from rim_core.suites.adapterfiles import adapter_folder
+from rim_core.suites.checkpoints import adapter_folder
 from rim_core.suites.schema import Suite
 
 

@@ -92,6 +92,7 @@ def train_adapter(
     tokenizer: Any,
     recipe: dict[str, Any],
     seed: int,
+    *,
     parent_state: dict[str, torch.Tensor] | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
     kept: Kept | None = None,
@@ -147,8 +148,7 @@ def train_adapter(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    parts = {"adapter": torch.nn.ParameterList(weights), "optimizer": optimizer, "schedule": schedule}
-    done = kept.begin(repr(plan), parts) if kept else 0
+    done = kept.begin(repr(plan), weights, optimizer, schedule) if kept else 0
     started = time.monotonic()
     for step, batch in enumerate(plan[done:], done + 1):
         loss = _loss(hf, batch, teacher, recipe["kl_weight"])
