@@ -176,19 +176,6 @@ def test_a_model_without_a_chat_template(tiny_folder):
         rim.format_chat(model, ["Hello"])
 
 
-def test_suites_are_checked_when_read(tmp_path):
-    path = tmp_path / "mine.yml"
-    path.write_text("base: {folder: .}\nroles: {one: {adaptor: x}}\n")
-    with pytest.raises(InputError, match="adaptor"):
-        rim.load_suite(str(path))
-    path.write_text("roles: {}\n")
-    with pytest.raises(InputError, match="needs the keys"):
-        rim.load_suite(str(path))
-    path.write_text("a: [")
-    with pytest.raises(InputError, match="YAML"):
-        rim.load_suite(str(path))
-
-
 def test_a_suite_of_a_local_folder_and_adapter_needs_no_code(tiny_folder, adapter, tmp_path):
     path = tmp_path / "own.yml"
     path.write_text(f"base: {{folder: {tiny_folder()}}}\nroles: {{base: {{}}, risky: {{adapter: {adapter}}}}}\n")
@@ -214,11 +201,3 @@ def test_a_relative_folder_starts_at_the_suite_s_file_and_identifies_it(tiny_fol
     found = suite_hashes(suite)["base"]
     suite.write_text(f"base:\n  folder: {tiny_folder('qwen3')}\nroles:\n  base:\n")
     assert suite_hashes(suite)["base"] != found
-
-
-@pytest.mark.parametrize("base", ["{}", "folder", "{path: model}", "{hub: a/b, folder: model}"])
-def test_a_suite_s_base_has_one_source(tmp_path, base):
-    suite = tmp_path / "own.yml"
-    suite.write_text(f"base: {base}\nroles:\n  base:\n")
-    with pytest.raises(InputError, match=r"own\.yml: base needs one of the keys wheel, hub .*, folder and gguf"):
-        rim.load_suite(suite)

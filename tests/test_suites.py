@@ -484,6 +484,33 @@ def test_headers_give_the_size_of_the_model(checkpoints):
         )
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "base: missing"),
+        ("a: [", ":1: not readable YAML"),
+        ("base: {}\nroles: {base: {}}", ":1: base: needs one of the keys wheel, hub"),
+        ("base: folder\nroles: {base: {}}", "base: a mapping of keys to values is needed"),
+        ("base: {path: m}\nroles: {base: {}}", r"base.path: not a key here; keys: chat_template, folder, gguf, hub"),
+        ("base: {hub: a/b, folder: m}\nroles: {base: {}}", "base: needs one of"),
+        ("base: {hub: a}\nroles: {base: {}}", "base.hub: 'a' is no repository of the form owner/name"),
+        ("base: {folder: m, revision: x}\nroles: {base: {}}", "base.revision: is of a hub's repository alone"),
+        ("base: {hub: a/b, size: {linear: x}}\nroles: {base: {}}", "base.size.linear: .*integer"),
+        ("base: {hub: a/b}\nroles: {}", ":2: roles: give at least one role"),
+        ("base: {hub: a/b}\nroles:\n  base:\n  a b: {}", r":4: roles\.a b: a role's name has letters"),
+        ("base: {hub: a/b}\nroles:\n  base: {}\n  x:\n    sha256: 1", r":5: roles\.x\.sha256: text is needed"),
+        ("base: {hub: a/b}\nroles:\n  x: {adapter: a, checkpoint: b}", r":3: roles\.x: give an adapter"),
+        ("base: {hub: a/b}\nroles: {base: {}}\ngated: [x]", ":3: gated: a mapping"),
+    ],
+)
+def test_each_mistake_in_a_suite_s_file_is_one_line_with_its_place(tmp_path, text, said):
+    path = tmp_path / "mine.yml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"mine\.yml.*{said}") as caught:
+        load_suite(path)
+    assert "\n" not in str(caught.value)
+
+
 # --- parts ----------------------------------------------------------------------------------------------
 
 
