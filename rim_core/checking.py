@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rim_core.errors import InputError
 
@@ -190,11 +191,22 @@ def array(
     return _finite(given, what) if finite else given
 
 
-def _as_numpy(values: Any) -> np.ndarray | None:
+def numbers(values: Any, what: str) -> NDArray[np.float64]:
+    """Give real numbers of any shape as a float64 NumPy array; raises InputError for texts and complex numbers."""
+    found = _as_numpy(values)
+    if found is None:
+        raise InputError(f"{what} must be real numbers, not {shown(values)}")
+    return found.astype(np.float64)
+
+
+def _as_numpy(values: Any) -> NDArray | None:
     """Real numbers as an array; None for what is none: of texts NumPy would make numbers without a word."""
     try:
         if isinstance(values, (list, tuple)):
             values = [item.tolist() if hasattr(item, "tolist") else item for item in values]
+        elif hasattr(values, "detach"):
+            values = values.detach().cpu()
+            values = values.double() if values.is_floating_point() else values  # NumPy has no bfloat16
         raw = np.asarray(values)
         if raw.dtype.kind == "O":
             texts = any(item is None or isinstance(item, (str, bytes, complex)) for item in raw.flat)

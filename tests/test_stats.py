@@ -171,7 +171,7 @@ def test_unpaired_permutations_are_enumerated(statistic):
         abs(centre(pool[list(chosen)]) - centre(np.delete(pool, chosen))) >= abs(observed) - 1e-12
         for chosen in combinations(range(7), 3)
     ]
-    result = stats.permutation_test(a, b, statistic)
+    result = stats.permutation_test(a, b, statistic=statistic)
     assert result.p_value == pytest.approx(np.mean(hits))
     assert result.statistic == pytest.approx(observed)
     assert result.method.endswith("all 35")
@@ -295,17 +295,65 @@ def test_derived_generators_depend_on_seed_and_label_only():
     assert stats.derive_generator(0, "pinned").integers(10**6) == 788605
 
 
+def test_effects_and_means_of_many_columns_are_those_of_each():
+    rng = np.random.default_rng(9)
+    a, b = rng.normal(1, 1, (12, 3)), rng.normal(0, 1, (10, 3))
+    for many, one in (
+        (stats.cohens_d(a, b, level=0.9), lambda i: stats.cohens_d(a[:, i], b[:, i], level=0.9)),
+        (stats.t_interval(a), lambda i: stats.t_interval(a[:, i])),
+    ):
+        for i in range(3):
+            wanted = one(i)
+            got = (many[i].estimate, many[i].low, many[i].high)
+            assert got == pytest.approx((wanted.estimate, wanted.low, wanted.high))
+            assert (many[i].n, many[i].level, many[i].method) == (wanted.n, wanted.level, wanted.method)
+    frame = many.to_frame(layer=[4, 5, 6])
+    assert frame["layer"].tolist() == [4, 5, 6]
+    assert list(frame) == ["layer", "estimate", "low", "high", "n"]
+    assert str(many).count("\n") == 2
+    assert list(stats.t_interval(a[:, 0]).to_frame()) == ["estimate", "low", "high", "n"]
+
+
+@pytest.mark.parametrize("groups", [None, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]])
+def test_a_function_of_means_is_resampled_as_its_means_are(groups):
+    columns = np.random.default_rng(10).random((10, 3))
+
+    def share(mean):
+        return 1 - mean[:, 0] / mean[:, 1]
+
+    drawn = stats.resampled_means(columns, groups, n_resamples=300, seed=4)
+    found = stats.of_means(columns, share, groups, n_resamples=300, seed=4)
+    assert (found.low, found.high) == tuple(np.percentile(1 - drawn[:, 0] / drawn[:, 1], [2.5, 97.5]))
+    assert found.estimate == 1 - columns[:, 0].mean() / columns[:, 1].mean()
+    assert found.method == f"percentile bootstrap over {'rows' if groups is None else '5 groups'}"
+    both = stats.of_means(columns, lambda mean: np.column_stack([share(mean), mean]), groups, n_resamples=300, seed=4)
+    assert both[0] == found
+    assert np.array_equal(both.high[1:], np.percentile(drawn, 97.5, axis=0))
+    assert np.array_equal(stats.of_means(columns, groups=groups, n_resamples=300, seed=4).low, both.low[1:])
+
+
+def test_undefined_resamples_are_left_out():
+    found = stats.percentiles([[1.0, 2.0], [np.nan, 3.0], [4.0, 5.0], [4.0, 7.0]], n=3)
+    assert found[0].low == found[0].high == 4
+    assert np.isnan(stats.percentiles([1.0, np.nan, np.nan], n=2).low)
+
+
 BAD_CALLS = [
+    (lambda: stats.cohens_d([[1, 2], [3, 4]], [[1], [2]]), "differ in columns"),
+    (lambda: stats.cohens_d([[1, 2], [3, 2]], [[1, 2], [2, 2]]), "spread in column 1"),
+    (lambda: stats.of_means([1.0, 2.0]), r"of_means: columns have shape \(2,\); give numbers \[n, column\]"),
+    (lambda: stats.t_interval([1.0, 2.0])[0], "single interval"),
+    (lambda: stats.t_interval([[1.0], [2.0]]).to_frame(layer=[0, 1]), "axes layer do not fit"),
     (lambda: stats.proportion(0, 0), "0 successes of 0"),
     (lambda: stats.proportion(5, 4), "5 successes of 4"),
     (lambda: stats.proportion(1.5, 4), "whole numbers"),
     (lambda: stats.t_interval([0.9]), "1 of the 2 needed"),
     (lambda: stats.t_interval([0.9, np.nan]), "1 that are NaN or infinite"),
-    (lambda: stats.t_interval([0.9, 0.8], level=95), "between 0 and 1"),
+    (lambda: stats.t_interval([0.9, 0.8], level=95), "below 1, not 95"),
     (lambda: stats.bootstrap([]), "0 of the 2 needed"),
     (lambda: stats.bootstrap([1, np.inf]), "NaN or infinite"),
     (lambda: stats.bootstrap([[1, 2], [3, 4]]), r"shape \(2, 2\)"),
-    (lambda: stats.bootstrap(["a", "b"]), "not numbers"),
+    (lambda: stats.bootstrap(["a", "b"]), "must be real numbers"),
     (lambda: stats.bootstrap([1, 2], groups=["x"]), "1 groups for 2 values"),
     (lambda: stats.bootstrap([1, 2], groups=["x", "x"]), "one group"),
     (lambda: stats.bootstrap([1, 2, 3], groups=["x", None, "y"]), "1 values have no group"),
@@ -316,7 +364,7 @@ BAD_CALLS = [
     (lambda: stats.ks([], [1]), "a hold 0"),
     (lambda: stats.ks([1], [np.nan]), "b hold 1 that are NaN"),
     (lambda: stats.permutation_test([1, 2], [1, 2, 3], paired=True), "cannot be paired"),
-    (lambda: stats.permutation_test([1, 2], [3, 4], statistic="mode"), "no statistic 'mode'"),
+    (lambda: stats.permutation_test([1, 2], [3, 4], statistic="mode"), "unknown permutation_test: statistic 'mode'"),
     (lambda: stats.permutation_test([1, 2], [3, 4], n=0), "n must be a whole number of at least 1, not 0"),
     (lambda: stats.permutation_test([1], [3]), "a hold 1 of the 2 needed"),
     (lambda: stats.permutation_test([1], [2, 3]), "a hold 1 of the 2 needed"),
@@ -329,12 +377,12 @@ BAD_CALLS = [
     (lambda: stats.bootstrap([1, 2], n_resamples=9.5), "n_resamples must be a whole number"),
     (lambda: stats.bootstrap([1, 2], seed=1.5), "seed must be a whole number of at least 0, not 1.5"),
     (lambda: stats.bootstrap([1, 2], seed=True), "seed must be a whole number of at least 0, not True"),
-    (lambda: stats.bootstrap([1, 2], level="x"), "is no coverage"),
+    (lambda: stats.bootstrap([1, 2], level="x"), "level .such as 0.95. must be"),
     (lambda: stats.bootstrap([1, 2], lambda x: np.nan), "statistic of the sample is nan"),
     (lambda: stats.bootstrap([1, 2], lambda x: x), "statistic of the sample is array"),
     (lambda: stats.bootstrap([0, 1, 1], lambda x: x.mean() / x.std() if x.std() else np.nan), "a resample of it"),
     (lambda: stats.resampled_means([[1.0], [2.0]], n_resamples=0), "n_resamples must be"),
-    (lambda: stats.resampled_means([[1.0]]), "n at least 2"),
+    (lambda: stats.resampled_means([[1.0]]), "1 of the 2 needed"),
     (lambda: stats.split(10, 0.01), "10 prompts or groups leave 0 to hold out"),
     (lambda: stats.split(10, 2), "holdout must be a finite number above 0 and below 1, not 2"),
     (lambda: stats.split(10, 0.5, ["a"] * 10), "one group"),
@@ -349,20 +397,20 @@ BAD_CALLS = [
     (lambda: stats.t_interval([1e308, -1e308]), "squares overflow; give them in a larger unit"),
     (lambda: stats.cohens_d([1e200, 2e200], [1, 2]), "cohens_d: a hold numbers beyond"),
     (lambda: stats.resampled_means([[1e308], [1e308]]), "values hold numbers beyond"),
-    (lambda: stats.t_interval([10**400, 1]), "a number too large for a float"),
+    (lambda: stats.t_interval([10**400, 1]), "must be real numbers, not .1000"),
     (lambda: stats.bootstrap([1, 2], lambda x: 10**400), "statistic of the sample is 1000"),
     # What NumPy would make numbers of without a word.
-    (lambda: stats.t_interval(["1", "2"]), "not numbers"),
-    (lambda: stats.t_interval(np.array(["1", 2], dtype=object)), "not numbers"),
-    (lambda: stats.ks([1 + 2j], [1]), "a are not numbers"),
-    (lambda: stats.ks(torch.tensor([1 + 2j]), [1]), "a are not numbers"),
-    (lambda: stats.ks(np.array([1 + 2j, 3], dtype=object), [1]), "a are not numbers"),
-    (lambda: stats.t_interval(x for x in [1.0, 2.0]), "not numbers"),
+    (lambda: stats.t_interval(["1", "2"]), "must be real numbers"),
+    (lambda: stats.t_interval(np.array(["1", 2], dtype=object)), "must be real numbers"),
+    (lambda: stats.ks([1 + 2j], [1]), "a must be real numbers"),
+    (lambda: stats.ks(torch.tensor([1 + 2j]), [1]), "a must be real numbers"),
+    (lambda: stats.ks(np.array([1 + 2j, 3], dtype=object), [1]), "a must be real numbers"),
+    (lambda: stats.t_interval(x for x in [1.0, 2.0]), "must be real numbers"),
     (lambda: stats.bootstrap([1, 2], lambda x: np.complex128(1j)), "statistic of the sample is"),
     (lambda: stats.bootstrap([1, 2], lambda x: "1"), "statistic of the sample is '1'"),
-    (lambda: stats.resampled_means([[1j], [2j]]), r"values are not numbers; give numbers \[n, column\]"),
-    (lambda: stats.resampled_means([x] for x in "12"), "values are not numbers"),
-    (lambda: stats.resampled_means([["1"], ["2"]]), "values are not numbers"),
+    (lambda: stats.resampled_means([[1j], [2j]]), "values must be real numbers"),
+    (lambda: stats.resampled_means([x] for x in "12"), "values must be real numbers"),
+    (lambda: stats.resampled_means([["1"], ["2"]]), "values must be real numbers"),
     (lambda: stats.bootstrap([1, 2], seed=-1), "seed must be a whole number of at least 0, not -1"),
     (lambda: stats.bootstrap([1, 2], n_resamples=1), "n_resamples must be a whole number of at least 2"),
     (lambda: stats.proportion("1", 2), "'1' successes of 2"),
@@ -371,8 +419,11 @@ BAD_CALLS = [
     (lambda: stats.proportion(np.complex128(1), 2), "successes of 2"),
     (lambda: stats.proportion(1, 10**30), "n >= 1 and at most a billion"),
     (lambda: stats.proportion(1, 10**400), "n >= 1 and at most a billion"),
-    (lambda: stats.proportion(1, 2, level="0.9"), "level '0.9' is no coverage"),
-    (lambda: stats.paired_difference([1, 0], [1, 0], level=np.array([0.9])), "is no coverage"),
+    (
+        lambda: stats.proportion(1, 2, level="0.9"),
+        "level .such as 0.95. must be a finite number above 0 and below 1, not '0.9'",
+    ),
+    (lambda: stats.paired_difference([1, 0], [1, 0], level=np.array([0.9])), "level .such as 0.95. must be"),
     (lambda: stats.fisher("1", 2, 1, 2), "fisher: a: '1' successes of 2"),
     (lambda: stats.fisher(1, 2, True, 2), "fisher: b: True successes of 2"),
     (lambda: stats.bootstrap([1, 2, 3], groups=[[1], [2], [3]]), "groups: one is no name or number"),
@@ -415,8 +466,8 @@ def test_divisions_are_what_they_were_when_results_were_first_published():
     labels, found = [f"t{i % 7}" for i in range(40)], {}
     for salt in ("halves", "procrustes", "shared_subspace: a"):
         for seed in range(3):
-            found[f"{salt}{seed}"] = [x.tolist() for x in stats.split(40, 0.5, labels, seed, salt=salt)]
-            found[f"n{salt}{seed}"] = [x.tolist() for x in stats.split(40, 0.3, None, seed, salt=salt)]
+            found[f"{salt}{seed}"] = [x.tolist() for x in stats.split(40, 0.5, labels, seed=seed, salt=salt)]
+            found[f"n{salt}{seed}"] = [x.tolist() for x in stats.split(40, 0.3, seed=seed, salt=salt)]
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     assert digest == "680fc4382c8999256a579cef1ebcee696f8974c371494ce46e9cc4d3c74b158b"
     assert [list(x) for x in stats.split(40, 0.5, labels)] == found["halves0"]

@@ -19,7 +19,7 @@ from rim_core.errors import InputError
 from rim_core.models.batching import free_on_gpus, pad_left, run_batches, token_budget
 from rim_core.models.model import Model
 from rim_core.prompts import Prompt
-from rim_core.stats import Interval, mcnemar, paired_difference, proportion
+from rim_core.stats import Interval, mcnemar, paired_difference, proportion, yes_or_no
 from rim_core.texts import checked, encode
 from rim_core.thoughts import decode, open_thought, split_thought
 
@@ -251,6 +251,8 @@ def compare_rates(before: Sequence[bool], after: Sequence[bool]) -> RateComparis
     Raises:
         InputError: none, different lengths, or values that are neither yes nor no.
     """
+    yes_or_no(before, "compare_rates: before")
+    yes_or_no(after, "compare_rates: after")
     test, difference = mcnemar(after, before), paired_difference(after, before)
     pairs = [(bool(was), bool(now)) for was, now in zip(before, after, strict=True)]
     return RateComparison(

@@ -119,11 +119,9 @@ def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile
-        >>> import pandas as pd
-        >>> from rim_core import charts
         >>> frame = pd.DataFrame({"layer": [0, 1], "head": [0, 0], "estimate": [0.1, -0.2]})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(charts.heatmap(frame), f"{folder}/heads.html").stat().st_size > 800_000
+        ...     rim.charts.save(rim.charts.heatmap(frame), f"{folder}/heads.html").stat().st_size > 800_000
         True
     """
     path, spec = Path(path), chart.to_dict()

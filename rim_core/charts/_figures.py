@@ -133,7 +133,7 @@ def by_layer(
 
     Example:
         >>> frame = pd.DataFrame({"layer": [0, 1], "estimate": [0.5, 0.9]})
-        >>> by_layer(frame, y_title="accuracy").to_dict()["description"]
+        >>> rim.charts.by_layer(frame, y_title="accuracy").to_dict()["description"]
         'Accuracy by layer. estimate from 0.5 (layer 0) to 0.9 (layer 1).'
     """
     banded = {low, high} <= set(frame.columns) or (low, high) != ("low", "high")
@@ -197,7 +197,7 @@ def intervals(
 
     Example:
         >>> frame = pd.DataFrame({"role": ["base"], "estimate": [0.1], "low": [0.0], "high": [0.3]})
-        >>> intervals(frame, label="role", x_title="share refused").to_dict()["title"]["text"]
+        >>> rim.charts.intervals(frame, label="role", x_title="share refused").to_dict()["title"]["text"]
         ['Share refused by role']
     """
     _need(frame, [label, value, low, high, series], "intervals")
@@ -276,7 +276,7 @@ def distribution(
 
     Example:
         >>> frame = pd.DataFrame({"projection": [0.0, 1.0, 3.0]})
-        >>> distribution(frame, "projection").to_dict()["description"]
+        >>> rim.charts.distribution(frame, "projection").to_dict()["description"]
         'How projection is spread. 3 values, mean 1.33, from 0 to 3.'
     """
     _need(frame, [series, value], "distribution")
@@ -344,7 +344,7 @@ def scatter(
 
     Example:
         >>> frame = pd.DataFrame({"before": [0.1, 0.4], "after": [0.2, 0.9]})
-        >>> scatter(frame, "before", "after").to_dict()["title"]["text"]
+        >>> rim.charts.scatter(frame, "before", "after").to_dict()["title"]["text"]
         ['After against before']
     """
     _need(frame, [x, y, series], "scatter")
@@ -397,7 +397,7 @@ def heatmap(
 
     Example:
         >>> frame = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "effect": [0.1, -0.2]})
-        >>> heatmap(frame, "effect", diverging=True).to_dict()["description"]
+        >>> rim.charts.heatmap(frame, "effect", diverging=True).to_dict()["description"]
         'Effect by layer and head. effect from -0.2 (layer 0, head 1) to 0.1 (layer 0, head 0).'
     """
     _need(frame, [x, y, value], "heatmap")

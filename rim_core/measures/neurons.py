@@ -342,7 +342,9 @@ def _shift(
     picked = [found[:, chosen[:, 0], chosen[:, 1]].double().numpy() for found in (first, second)]
     values = np.concatenate(picked, axis=1)
     # Before and after are resampled together; safety and task prompts apart.
-    draws = stats.resampled_means(values, None, RESAMPLES, int(stats.derive_generator(seed, what).integers(2**31)))
+    draws = stats.resampled_means(
+        values, n_resamples=RESAMPLES, seed=int(stats.derive_generator(seed, what).integers(2**31))
+    )
     old, new = np.split(np.concatenate([values.mean(0, keepdims=True), draws]), 2, axis=1)
     size = np.abs(old)
     # The sample's own floor for all resamples: a resample may be silent where the sample is not.

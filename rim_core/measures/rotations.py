@@ -182,7 +182,7 @@ class _Alignment:
         x = checked(source, "procrustes: source", shape=("prompt", "d"))
         y = checked(target, "procrustes: target", shape=tuple(x.shape))
         self.seed, self.codes = seed, None if groups is None else stats.group_codes(groups, len(x))
-        self.fit, self.held_out = stats.split(len(x), holdout, self.codes, seed, salt="procrustes")
+        self.fit, self.held_out = stats.split(len(x), holdout, self.codes, seed=seed, salt="procrustes")
         self.basis, _ = principal([x, y], self.fit, rank)
         if rank is not None and not 1 <= rank <= self.basis.shape[1]:
             raise InputError(

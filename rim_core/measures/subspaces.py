@@ -313,7 +313,7 @@ def erosion_fraction(
         given = checked(direction, "erosion_fraction: direction", shape=tuple(first.shape[1:]))
         unit, same_data = normalised(given, "erosion_fraction: direction"), None
     else:
-        fit, held_out = stats.split(len(first), holdout, codes, seed, salt="erosion_fraction")
+        fit, held_out = stats.split(len(first), holdout, codes, seed=seed, salt="erosion_fraction")
         unit = _shift(models, fit)
         same_data = _erosion(models, _shift(models, everything), everything, codes, seed)[0]
     fraction, projections = _erosion(models, unit, held_out, codes, seed)

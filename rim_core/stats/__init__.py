@@ -1,0 +1,50 @@
+"""Intervals, effect sizes and tests: each number a claim rests on, with its n and how it was made.
+
+Read `Interval` first: what nearly every function gives.
+
+- `proportion`, `t_interval`, `paired_difference`, `cohens_d`: intervals from formulas.
+- `bootstrap`, `of_means`, `resampled_means`, `percentiles`: intervals by resampling prompts, or groups of them.
+- `ks`, `permutation_test`, `mcnemar`, `fisher`, `benjamini_hochberg`: tests, as a `Comparison`.
+- `split`, `group_codes`, `derive_generator`: seeded divisions and draws that never divide a group.
+
+Every function refuses empty or non-finite input with an `InputError` instead of returning NaN.
+"""
+
+from rim_core.stats._formulas import Interval, cohens_d, paired_difference, proportion, t_interval
+from rim_core.stats._resampling import (
+    Groups,
+    bootstrap,
+    derive_generator,
+    group_codes,
+    of_means,
+    percentiles,
+    resampled_means,
+    split,
+)
+from rim_core.stats._samples import Floats, Ints, yes_or_no
+from rim_core.stats._tests import Comparison, benjamini_hochberg, fisher, ks, mcnemar, permutation_test
+
+__all__ = [
+    "Comparison",
+    "Floats",
+    "Groups",
+    "Interval",
+    "Ints",
+    "benjamini_hochberg",
+    "bootstrap",
+    "cohens_d",
+    "derive_generator",
+    "fisher",
+    "group_codes",
+    "ks",
+    "mcnemar",
+    "of_means",
+    "paired_difference",
+    "percentiles",
+    "permutation_test",
+    "proportion",
+    "resampled_means",
+    "split",
+    "t_interval",
+    "yes_or_no",
+]
