@@ -153,8 +153,8 @@ def of_means(
         InputError: as `resampled_means`.
 
     Example:
-        >>> missed, total = [[1.0], [2.0], [1.5], [0.5]], [[4.0], [5.0], [4.0], [3.0]]
-        >>> rim.stats.of_means(np.hstack([missed, total]), lambda mean: 1 - mean[:, 0] / mean[:, 1], n_resamples=200).estimate
+        >>> missed_and_total = [[1.0, 4.0], [2.0, 5.0], [1.5, 4.0], [0.5, 3.0]]
+        >>> rim.stats.of_means(missed_and_total, lambda mean: 1 - mean[:, 0] / mean[:, 1]).estimate
         0.6875
     """
     data = sample(columns, "of_means: columns", 2, ("[n, column]",))
