@@ -105,7 +105,8 @@ def test_a_layer_without_spread_does_not_hide_the_others():
     found = separation(a, b, torch.ones(8))
     assert np.isnan([found.d.estimate[0], found.d.low[0], found.d.high[0]]).all()
     assert found.best == 1
-    assert "at layer 1" in found.plot().to_dict()["description"]
+    assert found.plot().to_dict()["description"]
+    assert "at layer 1 of 2" in repr(found)
 
 
 @pytest.mark.parametrize("n", [12, 60])  # fewer and more samples than dimensions

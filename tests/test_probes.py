@@ -1,7 +1,5 @@
 """Probes against plain scikit-learn, planted signals and the leaks they are there to prevent."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
@@ -317,16 +315,10 @@ def test_bad_input_is_refused_in_one_line(call, words):
     assert "\n" not in str(caught.value)
 
 
-def test_plots_hand_tidy_frames_to_charts(monkeypatch):
-    drawn = []
-    charts = SimpleNamespace(by_layer=lambda frame, value, **options: drawn.append((frame, value, options)))
-    monkeypatch.setitem(__import__("sys").modules, "rim_core.charts", charts)
-    monkeypatch.setattr("rim_core.charts", charts, raising=False)
+def test_the_plot_shows_the_controls_and_what_has_to_be_beaten():
     labels = (np.arange(100) < 30).astype(int)
     result = probe_layers(noise(100, 3, 20), labels)
-    result.plot(title="Mine")
-    ((frame, value, options),) = drawn
-    assert frame.equals(result.to_frame())
-    assert (value, options["series"], options["title"]) == ("estimate", "series", "Mine")
-    assert options["chance"] == result.majority
-    assert "over 3 layers" in options["description"]
+    drawn = result.plot(title="Mine").to_dict()
+    assert drawn["title"]["text"] == ["Mine"]
+    assert "random_features" in drawn["description"]
+    assert any(layer["encoding"].get("y", {}).get("datum") == result.majority for layer in drawn["layer"])

@@ -107,7 +107,7 @@ class Separation:
         """The layer where the sets lie furthest apart, `|d|` largest: choose by it on one split, report on another."""
         return int(np.nanargmax(np.abs(self.d.estimate)))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"d = {self.d[self.best]} at layer {self.best} of {len(self.d.estimate)}"
 
     def to_frame(self) -> pd.DataFrame:
@@ -118,15 +118,8 @@ class Separation:
         """Draw Cohen's d over layers."""
         from rim_core import charts
 
-        return charts.by_layer(
-            self.to_frame().assign(series="a against b"),
-            "estimate",
-            series="series",
-            title=title,
-            y_title="Cohen's d along the direction",
-            description=f"Cohen's d of {self.n_a} against {self.n_b} prompts by layer; {self}.",
-            chance=0.0,
-        )
+        y_title = f"Cohen's d of {self.n_a} against {self.n_b} prompts"
+        return charts.by_layer(self.to_frame(), title=title, y_title=y_title, chance=0.0)
 
 
 def separation(a: Tensor, b: Tensor, direction: Tensor) -> Separation:

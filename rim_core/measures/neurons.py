@@ -92,15 +92,13 @@ class SafetyNeurons:
         null = stats.percentiles(np.vstack([drawn.mean(0, keepdims=True), drawn]), len(drawn), "permuted signs")
         return charts.by_layer(
             by_layer({"found": found, "permuted signs": null}),
-            "estimate",
             series="series",
             title=title,
             y_title="neurons, weighed by consistency",
             description=(
                 f"Neurons among the top {self.top} of their layer in all {self.n_sets} sets: {self.size} over "
-                f"{len(self.mask)} layers, {self.weighted.sum():.1f} weighed by how consistently they rise, most in "
-                f"layer {self.weighted.argmax()}; with permuted signs {null.estimate.sum():.1f} on average "
-                f"(p = {self.p_value:.2g})."
+                f"{len(self.mask)} layers; weighed by consistency {self.weighted.sum():.1f}, and with permuted signs "
+                f"{null.estimate.sum():.1f} on average (p = {self.p_value:.2g})."
             ),
         )
 
@@ -342,9 +340,8 @@ def _shift(
     picked = [found[:, chosen[:, 0], chosen[:, 1]].double().numpy() for found in (first, second)]
     values = np.concatenate(picked, axis=1)
     # Before and after are resampled together; safety and task prompts apart.
-    draws = stats.resampled_means(
-        values, n_resamples=RESAMPLES, seed=int(stats.derive_generator(seed, what).integers(2**31))
-    )
+    own = int(stats.derive_generator(seed, what).integers(2**31))
+    draws = stats.resampled_means(values, n_resamples=RESAMPLES, seed=own)
     old, new = np.split(np.concatenate([values.mean(0, keepdims=True), draws]), 2, axis=1)
     size = np.abs(old)
     # The sample's own floor for all resamples: a resample may be silent where the sample is not.

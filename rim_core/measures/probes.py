@@ -113,21 +113,8 @@ class ProbeResult(LayerProbes):
         """Draw accuracy over layers with the controls; the reference line is the majority baseline."""
         from rim_core import charts
 
-        best = int(self.accuracy.argmax())
-        controls = "; ".join(f"{name} {c.accuracy.mean():.2f}" for name, c in self.controls.items())
-        return charts.by_layer(
-            self.to_frame(),
-            "estimate",
-            series="series",
-            title=title,
-            y_title=f"accuracy on {self.n_test} held-out prompts",
-            description=(
-                f"Probe accuracy over {len(self.accuracy)} layers, mean {self.accuracy.mean():.2f}, best "
-                f"{self.accuracy[best]:.2f} at layer {best}; majority baseline {self.majority:.2f}"
-                + (f"; mean of controls: {controls}." if controls else ".")
-            ),
-            chance=self.majority,
-        )
+        accuracy = f"accuracy on {self.n_test} held-out prompts"
+        return charts.by_layer(self.to_frame(), series="series", title=title, y_title=accuracy, chance=self.majority)
 
 
 def probe_layers(
@@ -191,7 +178,7 @@ def probe_layers(
     """
     data, y, codes = _checked(features, labels, positive, groups)
     if controls is None:
-        controls = CONTROLS[: 2 if texts is None else 3]
+        controls = ("shuffled", "random_features", *([] if texts is None else ["bag_of_words"]))
     for name in controls:
         checking.one_of(name, CONTROLS, "probe_layers: control")
     checking.number(test_size, "probe_layers: test_size", above=0, below=1)

@@ -77,7 +77,9 @@ class Rotation:
 
     def plot(self, title: str = "Does a rotation carry one model's activations to the other's?") -> "alt.LayerChart":
         """Draw the residuals of the rotation and its controls."""
-        return _chart(self.to_frame(), title, "series", None)
+        from rim_core import charts
+
+        return charts.intervals(self.to_frame(), label="series", title=title, x_title="relative residual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +99,11 @@ class RankScan:
 
     def plot(self, title: str = "How many dimensions does the rotation need?") -> "alt.LayerChart":
         """Draw the residuals by rank, side by side for the rotation and its controls."""
+        from rim_core import charts
+
         frame = self.to_frame()
-        return _chart(frame.assign(rank=[f"rank {rank}" for rank in frame["rank"]]), title, "rank", "series")
+        frame["rank"] = "rank " + frame["rank"].astype(str)
+        return charts.intervals(frame, label="rank", series="series", title=title, x_title="relative residual")
 
 
 def procrustes(
@@ -228,21 +233,3 @@ def _nearest_turn(x: Tensor, y: Tensor) -> Tensor:
     # What the data leave open is itself a Procrustes problem: of the open directions against themselves.
     a, _, bh = torch.linalg.svd(free_u.T @ free_vh.T)
     return u[:, known] @ vh[known] + free_u @ (a @ bh) @ free_vh
-
-
-def _chart(frame: pd.DataFrame, title: str, label: str, series: str | None) -> "alt.LayerChart":
-    from rim_core import charts
-
-    best = frame.iloc[frame["estimate"].to_numpy().argmin()]
-    return charts.intervals(
-        frame,
-        "estimate",
-        label=label,
-        series=series,
-        title=title,
-        x_title="relative residual",
-        description=(
-            "Relative residual of mapping one model's activations to the other's; the smallest is "
-            f"{best['estimate']:.3g} ({best['series']})."
-        ),
-    )

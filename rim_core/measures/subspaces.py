@@ -87,7 +87,7 @@ class SharedSubspace:
         return (self.bases[a] @ self.bases[b].T).abs()
 
     def to_frame(self) -> pd.DataFrame:
-        """Give a row a pair and principal angle: a, b, angle (0 is the smallest), estimate (its cosine), null_..."""
+        """Give a row a pair and angle: a, b, angle (0 is the smallest), estimate (its cosine), `null_mean`, ..."""
         frames = [
             pd.DataFrame({"a": a, "b": b, "angle": np.arange(len(overlap.cosines)), **vars(overlap)})
             for (a, b), overlap in self.overlaps.items()
@@ -98,29 +98,15 @@ class SharedSubspace:
         """Draw the cosine of one principal angle for each pair beside the range of random subspaces."""
         from rim_core import charts
 
-        frame = self.to_frame()
-        frame = frame[frame["angle"] == angle]
+        frame = self.to_frame().query("angle == @angle")
         pair = [f"halves of {a}" if a == b else f"{a} and {b}" for a, b in zip(frame["a"], frame["b"], strict=True)]
         series = {"measured": ["estimate"] * 3, "random subspaces": ["null_mean", "null_low", "null_high"]}
         rows = [
-            pd.DataFrame(
-                {"pair": pair, "series": name, "estimate": frame[value], "low": frame[low], "high": frame[high]}
-            )
-            for name, (value, low, high) in series.items()
+            frame[columns].set_axis(["estimate", "low", "high"], axis=1).assign(pair=pair, series=name)
+            for name, columns in series.items()
         ]
-        above = int((frame["estimate"] > frame["null_high"]).sum())
-        return charts.intervals(
-            pd.concat(rows, ignore_index=True),
-            "estimate",
-            label="pair",
-            series="series",
-            title=title,
-            x_title=f"cosine of principal angle {angle}",
-            description=(
-                f"Cosine of principal angle {angle} between leading subspaces for {len(frame)} pairs; {above} lie "
-                "above the 95 % range of random subspaces."
-            ),
-        )
+        cosine = f"cosine of principal angle {angle}"
+        return charts.intervals(pd.concat(rows), label="pair", series="series", title=title, x_title=cosine)
 
 
 def shared_subspace(
@@ -242,24 +228,17 @@ class Erosion:
         return by_layer({"held out": self.fraction, **same_data})
 
     def plot(
-        self, measure: Literal["fraction", "projection"] = "fraction", title: str | None = None
+        self,
+        measure: Literal["fraction", "projection"] = "fraction",
+        title: str = "How far has fine-tuning gone back to base?",
     ) -> "alt.LayerChart":
         """Draw the fraction, or the three models' mean projections (paper D, figure 5), over layers."""
         from rim_core import charts
 
-        of_fraction = measure == "fraction"
-        return charts.by_layer(
-            self.to_frame(measure),
-            "estimate",
-            series="series",
-            title=title or "How far has fine-tuning gone back to base?",
-            y_title="erosion: 0 instruct, 1 base" if of_fraction else "mean projection on instruct minus base",
-            description=(
-                f"{measure.capitalize()} over {len(self.direction)} layers on {len(self.held_out)} prompts; "
-                f"fraction at the last layer {self.fraction.estimate[-1]:.2f}."
-            ),
-            chance=0.0 if of_fraction else None,
-        )
+        y_title, chance = "erosion: 0 instruct, 1 base", 0.0
+        if measure == "projection":
+            y_title, chance = "mean projection on instruct minus base", None
+        return charts.by_layer(self.to_frame(measure), series="series", title=title, y_title=y_title, chance=chance)
 
 
 def erosion_fraction(
