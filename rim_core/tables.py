@@ -134,10 +134,11 @@ def by_layer(series: Mapping[str, Interval]) -> pd.DataFrame:
     """Give a row a layer and series, of intervals that hold a number for each layer: layer, series, estimate, ...
 
     Example:
-        >>> by_layer({"probe": Interval(np.array([0.5, 0.9]), np.array([0.4, 0.8]), np.array([0.6, 1.0]), n=40)})
-           layer series  estimate  low  high   n
-        0      0  probe       0.5  0.4   0.6  40
-        1      1  probe       0.9  0.8   1.0  40
+        >>> found = rim.stats.t_interval([[0.4, 0.8], [0.6, 1.0]])  # [seed, layer]
+        >>> rim.tables.by_layer({"probe": found})[["layer", "series", "estimate", "n"]]
+           layer series  estimate  n
+        0      0  probe       0.5  2
+        1      1  probe       0.9  2
     """
     frames = [found.to_frame(layer=range(len(found.estimate))) for found in series.values()]
     for frame, name in zip(frames, series, strict=True):

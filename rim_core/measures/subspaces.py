@@ -235,9 +235,9 @@ class Erosion:
         """Draw the fraction, or the three models' mean projections (paper D, figure 5), over layers."""
         from rim_core import charts
 
-        y_title, chance = "erosion: 0 instruct, 1 base", 0.0
-        if measure == "projection":
-            y_title, chance = "mean projection on instruct minus base", None
+        of_fraction = measure == "fraction"
+        y_title = "erosion: 0 instruct, 1 base" if of_fraction else "mean projection on instruct minus base"
+        chance = 0.0 if of_fraction else None
         return charts.by_layer(self.to_frame(measure), series="series", title=title, y_title=y_title, chance=chance)
 
 
