@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import rim_core as rim
 from rim_core.errors import IdentityError, InputError
-from rim_core.interventions.ablation import ablate, knock_out, random_heads, random_sets
+from rim_core.interventions.ablation import ablate, knock_out
+from rim_core.interventions.controls import random_heads, random_sets
 from rim_core.interventions.steering import steer
 
 REFERENCE = ("A short answer is best.", "Tell me why the moon looks larger near the horizon than high up.", "Why?")
@@ -71,7 +72,7 @@ def test_ablating_components_equals_plain_hooks(family, quantization, mode):
     heads, neurons = components(family)
     chosen = places(model, heads, neurons or [])
     options = {"mean": {"reference": REFERENCE}, "resample": {"reference": REFERENCE}, "scale": {"factor": -2.0}}
-    with ablate(model, heads, neurons, mode=mode, **options.get(mode, {})):
+    with ablate(model, heads, neurons=neurons, mode=mode, **options.get(mode, {})):
         every = rim.capture(model, TEXTS, sites_of(family), positions="all")
     tokens, last = tokens_of(model, family)
     if mode == "resample":
@@ -95,7 +96,7 @@ def test_ablating_components_equals_plain_hooks(family, quantization, mode):
 def test_ablation_holds_at_each_step_of_generation(family, positions):
     model = load_tiny(family)
     heads, neurons = components(family)
-    with ablate(model, heads, neurons, reference=REFERENCE, positions=positions):
+    with ablate(model, heads, neurons=neurons, reference=REFERENCE, positions=positions):
         answers, logits = generated(model, TEXTS, STEPS)
     tokens, _ = tokens_of(model, family)
     for row, text in enumerate(TEXTS):
@@ -177,13 +178,13 @@ def test_scaling_by_one_changes_nothing_and_by_zero_removes(family):
     model = load_tiny(family)
     heads, neurons = components(family)
     plain = rim.capture(model, TEXTS, "resid_post")["resid_post"]
-    with ablate(model, heads, neurons, mode="scale", factor=1.0):
+    with ablate(model, heads, neurons=neurons, mode="scale", factor=1.0):
         assert torch.equal(rim.capture(model, TEXTS, "resid_post")["resid_post"], plain)
     with ablate(model, heads, mode="scale", factor=1.0, keep_norm=True):
         assert_close(rim.capture(model, TEXTS, "resid_post")["resid_post"], plain)
-    with ablate(model, heads, neurons, mode="scale"):
+    with ablate(model, heads, neurons=neurons, mode="scale"):
         scaled = rim.capture(model, TEXTS, "resid_post")["resid_post"]
-    with ablate(model, heads, neurons, mode="zero"):
+    with ablate(model, heads, neurons=neurons, mode="zero"):
         assert torch.equal(rim.capture(model, TEXTS, "resid_post")["resid_post"], scaled)
     assert (scaled - plain).abs().max() > 1e-3 * plain.abs().max()
 
@@ -271,7 +272,7 @@ def test_ablation_leaves_nothing():
     model = load_tiny("llama")
 
     def once():
-        with ablate(model, HEADS, NEURONS, reference=REFERENCE), knock_out(model, "last", [-2, -3]):
+        with ablate(model, HEADS, neurons=NEURONS, reference=REFERENCE), knock_out(model, "last", [-2, -3]):
             rim.capture(model, TEXTS, "resid_post")
 
     once()
@@ -407,7 +408,7 @@ def test_knock_out_equals_masks_written_from_scratch(family, queries, keys, head
     """In capture of a padded batch and at each step of generation, with and without sliding windows."""
     model = load_tiny(family)
     _, plain = generated(model, TEXTS, 1)
-    with knock_out(model, queries, keys, heads, layers):
+    with knock_out(model, queries, keys, heads=heads, layers=layers):
         every = rim.capture(model, TEXTS, sites_of(family), positions="all")
         answers, logits = generated(model, TEXTS, STEPS)
     for row, text in enumerate(TEXTS):
@@ -429,7 +430,7 @@ def test_knock_out_equals_attention_written_out():
     """Queries, keys, values, rotation and softmax of the tiny Llama, in the test."""
     model = load_tiny("llama")
     heads = [(layer, head) for layer in range(3) for head in (1, 2)]
-    with knock_out(model, [-1, -3], [-2, -5], heads):
+    with knock_out(model, [-1, -3], [-2, -5], heads=heads):
         acts = rim.capture(model, TEXTS[1:2], ("resid_pre", "head_z"), positions="all")
     tokens = acts["resid_pre"].shape[1]
     for layer, block in enumerate(model.hf.model.layers):

@@ -7,7 +7,7 @@ from test_patching import CLEAN, SOURCE, direction
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.interventions.plans import COMPONENTS
+from rim_core.interventions.components import COMPONENTS
 
 
 def small_step(model, texts, component, share):

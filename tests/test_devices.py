@@ -64,7 +64,7 @@ def ablating(model: Model) -> Iterator[Any]:
 
 def steering(model: Model) -> Iterator[Any]:
     for site in ("resid_pre", "resid_post"):
-        with rim.steer(model, direction(model), [0, 1, 2], 3.0, positions=[-2, -1], site=site):
+        with rim.steer(model, direction(model), [0, 1, 2], coefficient=3.0, positions=[-2, -1], site=site):
             yield rim.capture(model, TARGET, "resid_post", positions=[-2, -1])["resid_post"]
             yield rim.patch(model, SOURCE, TARGET, "heads", rim.Projection(direction(model))).effects
             yield rim.log_likelihood(model, SOURCE, ANSWERS).log_probability
@@ -79,7 +79,7 @@ def knocking_out(model: Model) -> Iterator[Any]:
 
 def generating(model: Model) -> Iterator[Any]:
     yield rim.generate(model, SOURCE, max_new_tokens=6)
-    with rim.steer(model, direction(model), [0, 1, 2], 5.0), rim.ablate(model, heads=[(1, 0)], mode="zero"):
+    with rim.steer(model, direction(model), [0, 1, 2], coefficient=5.0), rim.ablate(model, heads=[(1, 0)], mode="zero"):
         yield rim.generate(model, SOURCE, max_new_tokens=6)
 
 
@@ -96,7 +96,7 @@ def reading_out(model: Model) -> Iterator[Any]:
 
 def losses(model: Model) -> Iterator[Any]:
     yield rim.log_likelihood(model, SOURCE, ANSWERS).log_probability
-    with rim.steer(model, direction(model), [1], 2.0):
+    with rim.steer(model, direction(model), [1], coefficient=2.0):
         yield rim.kl_divergence(model, None, SOURCE, ANSWERS).kl
     for layer in (0, 2):
         for weight in ("attention_out", "mlp_out"):

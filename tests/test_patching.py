@@ -7,7 +7,7 @@ from plain import hooks, tensors
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.interventions import patching, plans
+from rim_core.interventions import patching
 from rim_core.models.hooks import Edit, editing
 
 SOURCE = ["How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?"]
@@ -255,12 +255,12 @@ def test_a_shared_beginning_changes_no_number(family, monkeypatch):
     for positions in ("last", [-3, -1]):
         shared = rim.patch(model, source, clean, "heads", w, positions=positions)
         with monkeypatch.context() as patched:
-            patched.setattr(plans, "shared_beginning", lambda ids, keep: 0)
+            patched.setattr(patching, "shared_beginning", lambda ids, keep: 0)
             apart = rim.patch(model, source, clean, "heads", w, positions=positions)
         assert_effects(shared.effects, apart.effects, apart.clean)
         assert torch.allclose(shared.clean, apart.clean, rtol=1e-4, atol=1e-4)
         assert torch.allclose(shared.source, apart.source, rtol=1e-4, atol=1e-4)
-    sharing = plans.make_plan(model, source, clean, "heads", w, None, "last", None, None).shared
+    sharing = patching.make_plan(model, source, clean, "heads", w, None, "last", None, None, None).shared
     assert bool(sharing) == (family not in ("mistral", "gemma2"))
 
 
@@ -328,9 +328,9 @@ def test_frame_and_plots():
     assert len(frame) == 12
     row = frame[(frame["layer"] == 1) & (frame["head"] == 3)].iloc[0]
     values = heads.effects[:, 1, 3]
-    assert row["effect"] == pytest.approx(float(values.mean()), abs=1e-6)
+    assert row["estimate"] == pytest.approx(float(values.mean()), abs=1e-6)
     half = 4.302653 * float(values.std()) / 3**0.5
-    assert row["high"] - row["effect"] == pytest.approx(half, rel=1e-4)
+    assert row["high"] - row["estimate"] == pytest.approx(half, rel=1e-4)
     assert "3 pairs" in heads.plot().to_dict()["description"]
     assert rim.patch(model, SOURCE, CLEAN, "mlp", w).plot().to_dict()["description"]
     units = rim.patch(model, SOURCE, CLEAN, "heads", w, units=[(0, 1), [(1, 1), (2, 0)]])
@@ -353,7 +353,7 @@ def test_frame_and_plots():
         ({"layers": [1, 1]}, "each once"),
         ({"layers": []}, "layers: none given"),
         ({"components": "neurons"}, "neurons_above"),
-        ({"units": [(0, 4)]}, r"unit \(0, 4\)"),
+        ({"units": [(0, 4)]}, "head 4 of layer 0 is out of range: .* of 4 heads"),
         ({"units": [(0, 1)], "layers": [0]}, "without layers"),
         ({"units": []}, "units is empty"),
         ({"components": "mlp", "units": [(0, 1)]}, "heads or neurons"),

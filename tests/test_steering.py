@@ -8,7 +8,8 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.interventions.steering import random_direction, steer
+from rim_core.interventions.controls import random_direction
+from rim_core.interventions.steering import steer
 
 SITES = ("resid_pre", "resid_post")
 STEPS = 4
@@ -92,7 +93,7 @@ def test_contexts_nest_and_leave_nothing():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"site": "head_z"}, "resid_post or resid_pre, not 'head_z'"),
+        ({"site": "head_z"}, "unknown site of steer 'head_z': choose from resid_post, resid_pre"),
         ({"coefficient": float("nan")}, "finite"),
         ({"layers": []}, "layers: none given"),
         ({"layers": [1, 1]}, "each once"),
@@ -126,7 +127,7 @@ def test_a_placebo_keeps_lengths_and_angles():
 def test_a_placebo_points_anywhere():
     """Uniform on the sphere: no mean, and the same spread along every axis, that of `like` included."""
     like = torch.eye(4)[0]
-    drawn = torch.stack([random_direction(like, seed) for seed in range(2000)])
+    drawn = torch.stack([random_direction(like, seed=seed) for seed in range(2000)])
     # Standard errors: 0.5 / sqrt(2000) = 0.011 of the mean; 0.25 is the mean square of each coordinate.
     assert drawn.mean(0).abs().max() < 0.05
     assert (drawn.T @ drawn / 2000 - torch.eye(4) / 4).abs().max() < 0.03

@@ -40,6 +40,69 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A call of `patch` or `attribution_patch`, checked.
+
+    Attributes:
+        components: what is patched. site: the site that it writes.
+        metric: what each run is scored by, on this model.
+        ids: tokens of the destinations. source_ids: of the sources; None where activations were given.
+        activations: `[pair, layer, width]`, or None.
+        positions: where values go in each destination. source_positions: where they come from.
+        runs: in ascending order of their start. order: each one's place among those that the caller named.
+        layers: of the layer axis. units: that were named, or None. n_columns: runs a layer.
+        shared: tokens that all prompts begin with, which may be run once for all.
+    """
+
+    components: str
+    site: str
+    metric: Bound
+    ids: list[list[int]]
+    source_ids: list[list[int]] | None
+    activations: Tensor | None
+    positions: list[list[int]]
+    source_positions: list[list[int]]
+    runs: list[Run]
+    order: list[int]
+    layers: tuple[int, ...]
+    units: tuple[Any, ...] | None
+    n_columns: int
+    shared: int
+
+    def shaped(self, effects: Tensor) -> Tensor:
+        """Effects `[pair, run]` in the caller's order and axes."""
+        back = torch.empty_like(effects)
+        back[:, self.order] = effects
+        return back.unflatten(1, (len(self.layers), -1)) if self.n_columns > 1 else back
+
+
+def rectangle(positions: list[list[int]], device: Any) -> Tensor:
+    """`[pair, position]`; short rows repeat their first position, whose value is then written twice."""
+    width = max(map(len, positions))
+    return torch.tensor([row + row[:1] * (width - len(row)) for row in positions], device=device)
+
+
+def read_source(model: Model, plan: Plan, rows: list[int]) -> tuple[dict[int, Tensor], Tensor | None]:
+    """What is to be written, by layer `[pair, position, width]`, and the metric of the source runs `[pair]`."""
+    wanted = sorted({layer for run in plan.runs for layer, _ in run.writes})
+    if plan.activations is not None:
+        stored = plan.activations[rows].to(model.device)
+        return {layer: stored[:, layer, None] for layer in wanted}, None
+    assert plan.source_ids is not None
+    ids, metric = [plan.source_ids[row] for row in rows], plan.metric
+    inputs = padded_left(model.layout.body, ids, plan.shared, model.tokenizer.pad_token_id, model.device)
+    at = rectangle([plan.source_positions[row] for row in rows], model.device) + inputs["input_ids"].shape[1]
+    each = torch.arange(len(rows), device=model.device)[:, None]
+    with (
+        reading(model.layout, [plan.site], lambda t: pick(t, each, at), wanted) as found,
+        reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final,
+    ):
+        model.layout.body(**inputs)
+    values = {layer: found[plan.site, layer] for layer in wanted}
+    return values, metric.score(final[metric.site, metric.layer])
+
+
+@dataclass(frozen=True)
 class Clean:
     """What a batch's clean run leaves for its patched runs (B prompts, T padded tokens, m tokens of tail).
 

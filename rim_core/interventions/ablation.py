@@ -1,37 +1,37 @@
 """Ablation: heads, neurons, a direction or attention between positions, taken out while the model runs."""
 
 import contextlib
-import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rim_core.checking import listed, number, shown, whole, whole_numbers
+from rim_core.checking import listed, number, one_of, whole
 from rim_core.errors import InputError
+from rim_core.interventions.components import COMPONENTS, Unit, columns_of, units_of, width_of
 from rim_core.models.batching import pad_left, run_batches, token_budget
 from rim_core.models.capture import Activations, capture
 from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest, pick, reading
 from rim_core.models.model import Model
 from rim_core.texts import checked, encode
 
-MODES = ("zero", "mean", "resample", "scale")
+# Modes of ablation: whether each needs a reference, and whether it can take a direction out.
+MODES = {"zero": (False, True), "mean": (True, True), "resample": (True, False), "scale": (False, False)}
 _STREAM = ("resid_pre", "attn_out", "mlp_out")
 
-Pair = tuple[int, int]
 Reference = Sequence[str] | Activations
 
 
 @contextlib.contextmanager
 def ablate(
     model: Model,
-    heads: Sequence[Pair] | None = None,
-    neurons: Sequence[Pair] | None = None,
+    heads: Sequence[Unit] | None = None,
+    *,
+    neurons: Sequence[Unit] | None = None,
     direction: Any = None,
-    mode: str = "mean",
+    mode: str | None = None,
     reference: Reference | None = None,
     positions: str | int | Sequence[int] = "all",
     factor: float = 0.0,
@@ -58,7 +58,7 @@ def ablate(
         heads: `(layer, head)` pairs.
         neurons: `(layer, neuron)` pairs of the MLP.
         direction: `[d_model]`, or one a layer `[layer, d_model]`; its length is not used.
-        mode: "zero", "mean", "resample" or "scale".
+        mode: "zero", "mean", "resample" or "scale"; by default "mean" for heads and neurons, "zero" for a direction.
         reference: for "mean" and "resample". Texts, of which all tokens count for the mean; or `Activations` captured
             before, of which all prompts and positions count.
         positions: "all", "last" (the prompt's last token), "answer" (that and generated tokens), or positions from
@@ -71,10 +71,21 @@ def ablate(
     Raises:
         InputError: components that do not exist or are named twice, or arguments that do not go together.
         IdentityError: heads are not what this model's attention output is the sum of, or padding changes its numbers.
+
+    Example:
+        >>> with rim.ablate(model, heads=[(0, 1), (1, 0)], mode="zero"):
+        ...     acts = rim.capture(model, texts, "head_z")
+        >>> float(acts["head_z"][:, 0, 1].abs().max())
+        0.0
+        >>> with rim.ablate(model, direction=torch.ones(model.d_model)):
+        ...     state = rim.capture(model, texts, "resid_post")["resid_post"][:, -1]
+        >>> bool((state.mean(-1).abs() < 1e-4).all())
+        True
     """
-    heads = None if heads is None else listed(heads, "heads")
-    neurons = None if neurons is None else listed(neurons, "neurons")
-    _check(heads, neurons, direction, mode, reference, factor, keep_norm)
+    heads = [] if heads is None else listed(heads, "heads")
+    neurons = [] if neurons is None else listed(neurons, "neurons")
+    mode = one_of(("mean" if direction is None else "zero") if mode is None else mode, MODES, "mode")
+    _refuse(heads, neurons, direction, mode, reference, number(factor, "factor"), keep_norm)
     seed = whole(seed, "ablate: seed")
     if direction is not None:
         unit = torch.nn.functional.normalize(by_layer(model, direction), dim=-1)
@@ -86,16 +97,23 @@ def ablate(
             target = float(held[site, layer] @ unit[layer].cpu()) if held else 0.0
             edits.append(edit_at(positions, site, layer, _set_coordinate(unit[layer], target)))
     else:
-        columns = _columns(model, heads or (), neurons or ())
+        columns: dict[tuple[str, int], list[int]] = {}
+        for component, given in (("heads", heads), ("neurons", neurons)):
+            for pair in units_of(model, given, component):
+                part = columns_of(model, component, pair)
+                columns.setdefault((COMPONENTS[component], pair[0]), []).extend(range(part.start, part.stop))
         if heads:
             model.require("ablate", "head_sum")
         if keep_norm and (mode == "zero" or (mode == "scale" and factor == 0)):
-            _check_left(model, columns)
+            for (site, layer), chosen in columns.items():
+                if len(chosen) == width_of(model, site):
+                    raise InputError(
+                        f"keep_norm: all heads of layer {layer} are removed, so nothing is left to rescale"
+                    )
         held = _held(model, mode, reference, list(columns), seed)
         edits = []
         for (site, layer), chosen in columns.items():
-            width = model.d_mlp if site == "mlp_neurons" else model.n_heads * model.head_dim
-            gain, offset = torch.ones(width), torch.zeros(width)
+            gain, offset = torch.ones(width_of(model, site)), torch.zeros(width_of(model, site))
             gain[chosen] = factor if mode == "scale" else 0.0
             if held:
                 offset[chosen] = held[site, layer][chosen]
@@ -150,8 +168,7 @@ def _flat(acts: Activations, site: str) -> Tensor:
 def _from_activations(model: Model, acts: Activations, site: str, mode: str, seed: int) -> Tensor:
     """`[layer, width]`: the mean, or the last token of one prompt."""
     values = _flat(acts, site)
-    widths = {"mlp_neurons": model.d_mlp, "head_z": model.n_heads * model.head_dim}
-    wanted = (model.n_layers, widths.get(site, model.d_model))
+    wanted = (model.n_layers, width_of(model, site))
     if values.shape[-2:] != wanted:
         raise InputError(
             f"the reference's {site} is {list(values.shape[-2:])} a token, {model.name} has {list(wanted)}: "
@@ -191,139 +208,35 @@ def _text_means(
     return {place: (value / sum(lengths)).float().cpu() for place, value in totals.items()}
 
 
-def _check(
-    heads: Sequence[Pair] | None,
-    neurons: Sequence[Pair] | None,
+def _refuse(
+    heads: list[Any],
+    neurons: list[Any],
     direction: Any,
     mode: str,
     reference: Reference | None,
     factor: float,
     keep_norm: bool,
 ) -> None:
-    if mode not in MODES:
-        raise InputError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-    if not heads and not neurons and direction is None:
-        raise InputError("nothing to ablate: give heads, neurons or a direction")
-    if direction is not None and (heads or neurons):
-        raise InputError("ablate takes components or a direction: nest two contexts for both")
-    if direction is not None and mode not in ("zero", "mean"):
-        raise InputError(f"a direction cannot be ablated by {mode!r}: use mode='zero' or 'mean'")
-    if keep_norm and (neurons or direction is not None):
-        raise InputError("keep_norm is for heads: ablate the rest in a context of its own")
-    if mode in ("mean", "resample") and reference is None:
-        raise InputError(f"mode {mode!r} needs reference: texts or captured Activations (or use mode='zero')")
-    if mode in ("zero", "scale") and reference is not None:
-        raise InputError(f"mode {mode!r} takes no reference: leave it out, or use mode='mean' or 'resample'")
-    factor = number(factor, "factor")
-    if mode != "scale" and factor != 0:
-        raise InputError(f"factor is for mode 'scale', not {mode!r}: leave it out")
-
-
-def _check_left(model: Model, columns: dict[tuple[str, int], list[int]]) -> None:
-    for (_, layer), chosen in columns.items():
-        if len(chosen) == model.n_heads * model.head_dim:
-            raise InputError(f"keep_norm: all heads of layer {layer} are removed, so nothing is left to rescale")
-
-
-def _columns(model: Model, heads: Sequence[Pair], neurons: Sequence[Pair]) -> dict[tuple[str, int], list[int]]:
-    """Which entries of each site's flat width are ablated."""
-    if neurons and not model.d_mlp:
-        raise InputError(f"{model.name} is a mixture of experts, which has no single neuron basis: ablate heads")
-    columns: dict[tuple[str, int], list[int]] = {}
-    for layer, head in _pairs(model, heads, "head", model.n_heads):
-        start = head * model.head_dim
-        columns.setdefault(("head_z", layer), []).extend(range(start, start + model.head_dim))
-    for layer, neuron in _pairs(model, neurons, "neuron", model.d_mlp):
-        columns.setdefault(("mlp_neurons", layer), []).append(neuron)
-    return columns
-
-
-def _pairs(model: Model, given: Sequence[Pair], what: str, count: int) -> list[Pair]:
-    try:
-        pairs = [(whole(layer, what), whole(index, what)) for layer, index in given]
-    except (TypeError, ValueError, InputError):
-        raise InputError(
-            f"{what}s must be (layer, {what}) pairs of whole numbers, such as [(0, 3)], not {shown(given)}"
-        ) from None
-    for layer, index in pairs:
-        if not (0 <= layer < model.n_layers and 0 <= index < count):
-            raise InputError(
-                f"{what} {index} of layer {layer} is out of range: {model.name} has layers 0 to "
-                f"{model.n_layers - 1} of {count} {what}s"
-            )
-    if repeated := [pair for pair, times in Counter(pairs).items() if times > 1]:
-        raise InputError(f"{what} {repeated[0]} is named twice")
-    return pairs
-
-
-def random_heads(
-    model: Model, n: int, exclude: Sequence[Pair] = (), layers: Sequence[int] | None = None, seed: int = 0
-) -> list[Pair]:
-    """`n` different heads drawn uniformly as a control, in ascending order.
-
-    Args:
-        model: a loaded model.
-        n: how many.
-        exclude: `(layer, head)` pairs not to draw, such as those under test.
-        layers: draw from these only; by default from all.
-        seed: of the draw.
-
-    Raises:
-        InputError: heads or layers that do not exist, or fewer than `n` to draw from.
-    """
-    n, seed = whole(n, "random_heads: n"), whole(seed, "random_heads: seed")
-    pool = _pool(model, exclude, layers)
-    if not 1 <= n <= len(pool):
-        raise InputError(f"cannot draw {n} heads: there are {len(pool)} to draw from")
-    return sorted(random.Random(seed).sample(pool, n))
-
-
-def random_sets(
-    model: Model, heads: Sequence[Pair], n_sets: int = 20, per_layer: bool = False, seed: int = 0
-) -> list[list[Pair]]:
-    """Different random sets of as many heads as `heads`, none of which they hold: its control distribution.
-
-    Args:
-        model: a loaded model.
-        heads: `(layer, head)` pairs under test.
-        n_sets: how many sets.
-        per_layer: draw as many heads in each layer as `heads` has there, so that depth is no difference.
-        seed: of the draw.
-
-    Raises:
-        InputError: heads that do not exist, or fewer different sets than `n_sets`.
-    """
-    n_sets, seed = whole(n_sets, "random_sets: n_sets"), whole(seed, "random_sets: seed")
-    if not len(heads):
-        raise InputError("random_sets: no heads were given: pass the heads under test")
-    counts = Counter(layer for layer, _ in _pairs(model, heads, "head", model.n_heads))
-    if per_layer:
-        strata = [(_pool(model, heads, [layer]), count) for layer, count in sorted(counts.items())]
-    else:
-        strata = [(_pool(model, heads, None), len(heads))]
-    possible = math.prod(math.comb(len(pool), count) for pool, count in strata)
-    if not 1 <= n_sets <= possible:
-        raise InputError(f"cannot draw {n_sets} different sets of {len(heads)} other heads: there are {possible}")
-    source = random.Random(seed)
-    found: dict[tuple[Pair, ...], None] = {}
-    while len(found) < n_sets:
-        drawn = [head for pool, count in strata for head in source.sample(pool, count)]
-        found[tuple(sorted(drawn))] = None
-    return [list(drawn) for drawn in found]
-
-
-def _pool(model: Model, exclude: Sequence[Pair], layers: Sequence[int] | None) -> list[Pair]:
-    left_out = set(_pairs(model, exclude, "head", model.n_heads))
-    chosen = _layers(model, layers)
-    every = [(layer, head) for layer in chosen for head in range(model.n_heads)]
-    return [pair for pair in every if pair not in left_out]
-
-
-def _layers(model: Model, layers: Sequence[int] | None) -> list[int]:
-    chosen = sorted(set(range(model.n_layers) if layers is None else whole_numbers(layers, "layers")))
-    if not 0 <= chosen[0] <= chosen[-1] < model.n_layers:
-        raise InputError(f"layers {chosen} are out of range: {model.name} has 0 to {model.n_layers - 1}")
-    return chosen
+    """Raise InputError where arguments of `ablate` do not go together."""
+    needs, for_direction = MODES[mode]
+    components, along = bool(heads or neurons), direction is not None
+    for wrong, message in (
+        (not components and not along, "nothing to ablate: give heads, neurons or a direction"),
+        (components and along, "ablate takes components or a direction: nest two contexts for both"),
+        (along and not for_direction, f"a direction cannot be ablated by {mode!r}: use mode='zero' or 'mean'"),
+        (keep_norm and (neurons or along), "keep_norm is for heads: ablate the rest in a context of its own"),
+        (
+            needs and reference is None,
+            f"mode {mode!r} needs reference: texts or captured Activations (or use mode='zero')",
+        ),
+        (
+            not needs and reference is not None,
+            f"mode {mode!r} takes no reference: leave it out, or use mode='mean' or 'resample'",
+        ),
+        (mode != "scale" and factor != 0, f"factor is for mode 'scale', not {mode!r}: leave it out"),
+    ):
+        if wrong:
+            raise InputError(message)
 
 
 @contextlib.contextmanager
@@ -331,7 +244,8 @@ def knock_out(
     model: Model,
     queries: str | int | Sequence[int],
     keys: str | int | Sequence[int],
-    heads: Sequence[Pair] | None = None,
+    *,
+    heads: Sequence[Unit] | None = None,
     layers: Sequence[int] | None = None,
 ) -> Iterator[Model]:
     """Within the context `queries` cannot attend to `keys` (attention knock-out, Geva et al. 2023, section 4).
@@ -340,23 +254,29 @@ def knock_out(
 
     Args:
         model: a loaded model with "sdpa" or "eager" attention.
-        queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or positions
-            from the prompt's end.
-        keys: who is not seen, likewise. They hold for every prompt of a batch: for spans that differ (see
+        queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
+            positions from the prompt's end. They hold for every prompt of a batch: for spans that differ (see
             `texts.find_span`) run the prompts one at a time.
+        keys: who is not seen, likewise.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.
 
     Raises:
         InputError: positions, heads or layers that do not exist, or a query that is left with nothing to attend to.
+
+    Example:
+        >>> with rim.knock_out(model, queries="last", keys=[-2, -3], layers=[0]):
+        ...     blind = rim.capture(model, texts, "attn_out")["attn_out"]
+        >>> bool((blind == rim.capture(model, texts, "attn_out")["attn_out"]).all())
+        False
     """
     if heads is not None and layers is not None:
         raise InputError("knock_out takes heads or layers, not both: heads name their layers")
     if heads is not None and not heads:
         raise InputError("nothing to knock out: give heads, or leave them out for all")
-    every = [(layer, head) for layer in _layers(model, layers) for head in range(model.n_heads)]
+    every = [(layer, head) for layer in model.checked_layers(layers) for head in range(model.n_heads)]
     blind: dict[int, Tensor] = {}
-    for layer, head in every if heads is None else _pairs(model, heads, "head", model.n_heads):
+    for layer, head in every if heads is None else units_of(model, heads, "heads"):
         blind.setdefault(layer, torch.zeros(model.n_heads, dtype=torch.bool))[head] = True
     for wanted in (queries, keys):
         at(torch.tensor([[-1]]), wanted)  # what it cannot mean is refused here, not in the first pass
