@@ -10,6 +10,7 @@ nothing differs from the clean run, and all runs end at the layer that the metri
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import DynamicCache
 from rim_core.errors import InputError
 from rim_core.interventions.metrics import Bound
 from rim_core.models.batching import padded_left
-from rim_core.models.hooks import Frame, additive_mask, pick, reading, tensor_of
+from rim_core.models.hooks import Frame, additive_mask, hook, pick, reading, removing, tensor_of
 from rim_core.models.model import Model
 
 Columns = slice | Tensor
@@ -135,10 +136,9 @@ def run_clean(
     width, cache = inputs["input_ids"].shape[1], inputs["past_key_values"]
     calls: dict[int, dict[str, Any]] = {}
     states: dict[int, Tensor] = {}
-    handles = []
 
     def keep(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keeper(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # The class's own forward: nnsight and accelerate put wrappers on the instance.
             signature = inspect.signature(type(module).forward)
             arguments = dict(signature.bind(module, *args, **kwargs).arguments)
@@ -148,19 +148,16 @@ def run_clean(
             states[layer] = hidden[:, width - tail :].clone()
             calls[layer] = {name: _cut(name, value, width, tail) for name, value in arguments.items()}
 
-        return hook
+        return keeper
 
-    try:
+    with removing([]) as handles:
         for layer in layers:
             # Before any intervention's hook: the rows pass through those hooks themselves.
             handles.append(
                 model.layout.layers[layer].register_forward_pre_hook(keep(layer), with_kwargs=True, prepend=True)
             )
-        with reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), layers=[metric.layer]) as final:
+        with reading(model.layout, [metric.site], lambda t: t[:, -1].clone(), [metric.layer]) as final:
             model.layout.body(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     lengths = torch.tensor([len(row) for row in ids], device=model.device)[:, None]
     own = torch.arange(-width, 0, device=model.device).expand(len(ids), -1)
     positions = torch.cat([torch.arange(shared, device=model.device) - lengths, own], dim=1)
@@ -205,9 +202,9 @@ class _Rows:
     """The rows of one pass: how many there are at each layer, what is written in them, and what they see."""
 
     def __init__(
-        self, model: Model, clean: Clean, site: str, runs: Sequence[Run], source: Mapping[int, Tensor], offsets: Tensor
+        self, model: Model, clean: Clean, runs: Sequence[Run], source: Mapping[int, Tensor], offsets: Tensor
     ) -> None:
-        self._model, self._clean, self._site = model, clean, site
+        self._model, self._clean = model, clean
         self._source, self._offsets = source, offsets
         self._batch = torch.arange(len(offsets), device=offsets.device)[:, None]
         self._writes: dict[int, list[tuple[int, Columns]]] = {}
@@ -219,25 +216,7 @@ class _Rows:
         self._masks: dict[Any, Tensor] = {}
         self._most = len(runs)
 
-    def hook(self, layer: int) -> Any:
-        """Register the writes of this layer; the handle that removes them."""
-        layout = self._model.layout
-
-        def on_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            return (self.written(args[0], layer), *args[1:])
-
-        def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            new = self.written(tensor_of(output), layer)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
-
-        if self._site in ("head_z", "mlp_neurons"):
-            heads = self._site == "head_z"
-            module = layout.attention_out[layer] if heads else layout.down_projection(layer)
-            return module.register_forward_pre_hook(on_input)
-        module = layout.attention[layer] if self._site == "attn_out" else layout.mlp[layer]
-        return module.register_forward_hook(on_output)
-
-    def written(self, values: Tensor, layer: int) -> Tensor:
+    def written(self, layer: int, values: Tensor) -> Tensor:
         """The rows' values `[B, n * m, width]` with this layer's source values put in."""
         runs = values.unflatten(1, (-1, self._clean.tail)).clone()
         batch, offsets = self._batch.to(runs.device), self._offsets.to(runs.device)
@@ -318,28 +297,26 @@ def run_patched(
         scores[:, at.index(metric.layer)] = replaced.float()
     if not reach:
         return scores
-    rows = _Rows(model, clean, site, runs[:reach], source, offsets)
-    handles = []
+    rows = _Rows(model, clean, runs[:reach], source, offsets)
     hidden: Tensor | None = None
-    try:
+    keep = lambda t: t.unflatten(1, (-1, clean.tail))[:, :, -1].clone()  # noqa: E731
+    with removing([]) as handles:
         if not after:
             for layer in {layer for run in runs[:reach] for layer, _ in run.writes}:
-                handles.append(rows.hook(layer))
-        keep = lambda t: t.unflatten(1, (-1, clean.tail))[:, :, -1].clone()  # noqa: E731
-        with reading(model.layout, [metric.site], keep, layers=[metric.layer]) as final:
-            for layer in range(joins[0], metric.layer + 1):
-                joining = joins[:reach].count(layer)
-                if joining:
-                    new = clean.inputs[layer].repeat(1, joining, 1)
-                    hidden = new if hidden is None else torch.cat([hidden, new], dim=1)
-                assert hidden is not None
-                if after:
-                    hidden = rows.written(hidden, layer - 1)
-                hidden = rows.run_layer(layer, hidden)
-            values = final[metric.site, metric.layer]
-    finally:
-        model.frame = None
-        for handle in handles:
-            handle.remove()
+                handles.append(hook(model.layout.point(site, layer), partial(rows.written, layer)))
+        try:
+            with reading(model.layout, [metric.site], keep, [metric.layer]) as final:
+                for layer in range(joins[0], metric.layer + 1):
+                    joining = joins[:reach].count(layer)
+                    if joining:
+                        new = clean.inputs[layer].repeat(1, joining, 1)
+                        hidden = new if hidden is None else torch.cat([hidden, new], dim=1)
+                    assert hidden is not None
+                    if after:
+                        hidden = rows.written(layer - 1, hidden)
+                    hidden = rows.run_layer(layer, hidden)
+        finally:
+            model.frame = None
+    values = final[metric.site, metric.layer]
     scores[:, :reach] = metric.score(values).float()
     return scores

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rim_core.checking import listed, number, one_of, whole
 from rim_core.errors import InputError
-from rim_core.interventions.components import COMPONENTS, Unit, columns_of, units_of, width_of
+from rim_core.interventions.components import COMPONENTS, Unit, columns_of, units_of
 from rim_core.models.batching import pad_left, run_batches, token_budget
 from rim_core.models.capture import Activations, capture
 from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest, pick, reading
@@ -73,6 +73,7 @@ def ablate(
         IdentityError: heads are not what this model's attention output is the sum of, or padding changes its numbers.
 
     Example:
+        >>> import torch
         >>> with rim.ablate(model, heads=[(0, 1), (1, 0)], mode="zero"):
         ...     acts = rim.capture(model, texts, "head_z")
         >>> float(acts["head_z"][:, 0, 1].abs().max())
@@ -106,14 +107,14 @@ def ablate(
             model.require("ablate", "head_sum")
         if keep_norm and (mode == "zero" or (mode == "scale" and factor == 0)):
             for (site, layer), chosen in columns.items():
-                if len(chosen) == width_of(model, site):
+                if len(chosen) == model.layout.width(site):
                     raise InputError(
                         f"keep_norm: all heads of layer {layer} are removed, so nothing is left to rescale"
                     )
         held = _held(model, mode, reference, list(columns), seed)
         edits = []
         for (site, layer), chosen in columns.items():
-            gain, offset = torch.ones(width_of(model, site)), torch.zeros(width_of(model, site))
+            gain, offset = torch.ones(model.layout.width(site)), torch.zeros(model.layout.width(site))
             gain[chosen] = factor if mode == "scale" else 0.0
             if held:
                 offset[chosen] = held[site, layer][chosen]
@@ -168,7 +169,7 @@ def _flat(acts: Activations, site: str) -> Tensor:
 def _from_activations(model: Model, acts: Activations, site: str, mode: str, seed: int) -> Tensor:
     """`[layer, width]`: the mean, or the last token of one prompt."""
     values = _flat(acts, site)
-    wanted = (model.n_layers, width_of(model, site))
+    wanted = (model.n_layers, model.layout.width(site))
     if values.shape[-2:] != wanted:
         raise InputError(
             f"the reference's {site} is {list(values.shape[-2:])} a token, {model.name} has {list(wanted)}: "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.stats
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rim_core import stats
 from rim_core.checking import whole
@@ -23,7 +23,7 @@ from rim_core.interventions.metrics import Metric
 from rim_core.interventions.patching import Patched, Positions, Scored, make_plan, only, run_exact, run_plan
 from rim_core.models.batching import pad_left, token_budget
 from rim_core.models.capture import Activations
-from rim_core.models.hooks import Edit, editing, pick
+from rim_core.models.hooks import Edit, editing, hook, pick, removing
 from rim_core.models.model import Model
 
 # Below this correlation with exact effects a warning is given.
@@ -85,6 +85,7 @@ def attribution_patch(
         IdentityError: as `patch`.
 
     Example:
+        >>> import torch
         >>> metric = rim.Projection(torch.ones(model.d_model), layer=0)
         >>> found = rim.attribution_patch(model, texts[:2], texts[2:], "mlp", metric, layers=[0])
         >>> round(found.correlation, 3)  # linear in the MLP's output, so the first order is all there is
@@ -143,16 +144,13 @@ def _attribute_batch(model: Model, plan: Plan, rows: list[int]) -> Scored:
         return tensor
 
     edits = [*(keep(layer) for layer in wanted), Edit(metric.site, metric.layer, score)]
-    handle = model.hf.get_input_embeddings().register_forward_hook(_leaf)
-    try:
-        with torch.enable_grad(), editing(model, edits):
-            model.layout.body(**inputs, use_cache=False)
-            if not scored[0].requires_grad:
-                raise InputError("the metric has no gradient: attribution needs a differentiable one; use patch")
-            tensors = [found[layer] for layer in wanted]
-            gradients = torch.autograd.grad(scored[0].sum(), tensors, allow_unused=True)
-    finally:
-        handle.remove()
+    leaf = hook((model.hf.get_input_embeddings(), False), lambda embedded: embedded.detach().requires_grad_(True))
+    with removing([leaf]), torch.enable_grad(), editing(model, edits):
+        model.layout.body(**inputs, use_cache=False)
+        if not scored[0].requires_grad:
+            raise InputError("the metric has no gradient: attribution needs a differentiable one; use patch")
+        tensors = [found[layer] for layer in wanted]
+        gradients = torch.autograd.grad(scored[0].sum(), tensors, allow_unused=True)
     # Positions repeated to fill the rectangle are counted once.
     first = _first_of_each(at)
     products = {}
@@ -167,10 +165,6 @@ def _attribute_batch(model: Model, plan: Plan, rows: list[int]) -> Scored:
     ]
     approximate = torch.stack(effects, dim=1).cpu()
     return approximate, scored[0].detach().float().cpu(), None if source_score is None else source_score.float().cpu()
-
-
-def _leaf(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output.detach().requires_grad_(True)
 
 
 def _first_of_each(at: Tensor) -> Tensor:

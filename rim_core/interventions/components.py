@@ -24,11 +24,6 @@ def component_of(name: Any) -> str:
     return by_site.get(one_of(name, [*COMPONENTS, *by_site], "components"), name)
 
 
-def width_of(model: Model, site: str) -> int:
-    """Numbers a token at a site, heads flat."""
-    return {"head_z": model.n_heads * model.head_dim, "mlp_neurons": model.d_mlp}.get(site, model.d_model)
-
-
 def units_of(model: Model, given: Any, component: str) -> list[Unit]:
     """Heads or neurons as distinct pairs of ints `(layer, index)`, in the order given.
 
@@ -42,9 +37,7 @@ def units_of(model: Model, given: Any, component: str) -> list[Unit]:
         raise InputError(
             f"{component} must be (layer, {what}) pairs of whole numbers, such as [(0, 3)], not {shown(given)}"
         ) from None
-    if units and component == "neurons":
-        model.layout.down_projection(0)
-    count = model.n_heads if component == "heads" else model.d_mlp
+    count = model.n_heads if component == "heads" or not units else model.layout.width("mlp_neurons")
     for layer, index in units:
         if not (0 <= layer < model.n_layers and 0 <= index < count):
             raise InputError(

@@ -109,6 +109,7 @@ def random_direction(like: Any, *, seed: int = 0) -> Tensor:
         InputError: another shape, or numbers that are not finite.
 
     Example:
+        >>> import torch
         >>> placebo = rim.random_direction(torch.tensor([3.0, 4.0, 0.0]))
         >>> round(float(placebo.norm()), 4)
         5.0

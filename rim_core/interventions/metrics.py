@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rim_core.checking import number, one_of
+from rim_core.checking import number
 from rim_core.errors import InputError
-from rim_core.interventions.components import width_of
 from rim_core.models.first_tokens import log_odds, refusal_tokens
-from rim_core.models.layout import SITES
 from rim_core.models.model import Model
 from rim_core.models.tokens import Tokens, single_tokens, two_sides
 
@@ -47,6 +45,7 @@ class Projection:
         origin: `[width]`, subtracted before projecting, or None.
 
     Example:
+        >>> import torch
         >>> metric = rim.Projection(torch.ones(model.d_model))
         >>> rim.patch(model, texts[:2], texts[2:], "mlp", metric).clean.shape
         torch.Size([2])
@@ -79,6 +78,7 @@ class ProbeScore:
         layer: where the probe was trained; negative counts from the last.
 
     Example:
+        >>> import torch
         >>> metric = rim.ProbeScore(torch.ones(model.d_model), 0.5, site="attn_out", layer=0)
         >>> rim.patch(model, texts[:2], texts[2:], "heads", metric, layers=[0]).metric
         "probe's log-odds"
@@ -161,6 +161,7 @@ class RefusalLogOdds:
             numbers; None is `openings.REFUSAL_OPENINGS`.
 
     Example:
+        >>> import torch
         >>> metric = rim.RefusalLogOdds(tokens=[5, 6])
         >>> clean = rim.patch(model, texts[:2], texts[2:], "mlp", metric).clean
         >>> bool(torch.allclose(clean, rim.refusal_log_odds(model, texts[2:], tokens=[5, 6]), atol=1e-4))
@@ -184,6 +185,7 @@ class LogitMetric:
             serve `attribution_patch`.
 
     Example:
+        >>> import torch
         >>> entropy = rim.LogitMetric(lambda logits: torch.distributions.Categorical(logits=logits).entropy())
         >>> rim.patch(model, texts[:2], texts[2:], "heads", entropy, layers=[1]).effects.shape[:2]
         torch.Size([2, 1])
@@ -245,7 +247,7 @@ def _of_logits(model: Model, read: Callable[[Tensor], Tensor], title: str, layer
 
 
 def _vector(model: Model, site: str, values: Any, what: str) -> Tensor:
-    width = width_of(model, one_of(site, SITES, "site"))
+    width = model.layout.width(site)
     vector = torch.as_tensor(values).detach().float().flatten().cpu()
     if len(vector) != width:
         raise InputError(f"the metric's {what} has {len(vector)} numbers, and its site has {width}")

@@ -19,6 +19,7 @@ from rim_core.interventions._rows import Plan, Run, read_source, rectangle, run_
 from rim_core.interventions.components import COMPONENTS, Unit, columns_of, component_of, units_of
 from rim_core.interventions.metrics import Metric, bind
 from rim_core.models.batching import outgrows_window, run_batches, shared_beginning, token_budget
+from rim_core.models.batching import positions as positions_in
 from rim_core.models.capture import Activations
 from rim_core.models.model import Model
 from rim_core.tables import mean_frame
@@ -247,7 +248,7 @@ def make_plan(
     if max_tokens is not None:
         whole(max_tokens, "patch: max_tokens", 1)
     ids = encode(model, destination)
-    where = _per_pair(positions, ids, "positions")
+    where = positions_in(positions, [len(row) for row in ids])
     source_ids, stored = None, None
     if isinstance(source, Activations):
         stored = source[site].flatten(-2) if site == "head_z" else source[site]
@@ -262,7 +263,7 @@ def make_plan(
         if len(source_ids) != len(ids):
             raise InputError(f"{len(source_ids)} source texts for {len(ids)} destinations: give one for each")
         wanted = positions if source_positions is None else source_positions
-        from_where = _per_pair(wanted, source_ids, "source_positions")
+        from_where = positions_in(wanted, [len(row) for row in source_ids], "source_positions")
     for pair, (a, b) in enumerate(zip(where, from_where, strict=True)):
         if len(a) != len(b):
             every = isinstance(positions, str) and positions == "all"
@@ -318,29 +319,6 @@ def _shared(model: Model, ids: list[list[int]], positions: list[list[int]]) -> i
     if any(edit.positional for edit in model.edits) or outgrows_window(model.hf.config, longest):
         return 0
     return shared_beginning(ids, -min(map(min, positions)))
-
-
-def _per_pair(positions: Positions, ids: list[list[int]], what: str) -> list[list[int]]:
-    """Positions of each text as lists of whole numbers below 0."""
-    if isinstance(positions, str):
-        if positions not in ("last", "all"):
-            raise InputError(f"unknown {what} {positions!r}: 'last', 'all', or whole numbers below 0")
-        return [[-1] if positions == "last" else list(range(-len(row), 0)) for row in ids]
-    rows = [positions] if is_whole(positions) else listed(positions, what)
-    if not rows or is_whole(rows[0]):
-        found = [whole_numbers(rows, what)] * len(ids)
-    elif len(rows) == len(ids):
-        found = [whole_numbers(row, f"{what}, text {text}") for text, row in enumerate(rows)]
-    else:
-        raise InputError(f"{what}: {len(rows)} lists for {len(ids)} texts; give one for each")
-    for text, (row, tokens) in enumerate(zip(found, ids, strict=True)):
-        bad = [p for p in row if not -len(tokens) <= p < 0]
-        if bad:
-            raise InputError(
-                f"{what}, text {text}: position {bad[0]} is in its {len(tokens)} tokens; count from the end, -1 is "
-                "the last"
-            )
-    return found
 
 
 def _runs(

@@ -44,6 +44,7 @@ def steer(
         InputError: a direction of another shape or length 0, or a layer, site or position that does not exist.
 
     Example:
+        >>> import torch
         >>> before = rim.capture(model, texts, "resid_post")["resid_post"][:, 0]
         >>> with rim.steer(model, torch.ones(model.d_model), 0, coefficient=2.0):
         ...     after = rim.capture(model, texts, "resid_post")["resid_post"][:, 0]
