@@ -344,7 +344,7 @@ def test_frame_and_plots():
         ({"components": "head"}, "unknown components 'head'"),
         ({"source": SOURCE[:2]}, "2 source texts for 3 destinations"),
         ({"positions": "first"}, "unknown positions 'first'"),
-        ({"positions": -400}, "text 0: position -400"),
+        ({"positions": -400}, "position -400 is out of range: text 0"),
         ({"positions": 0}, "position 0"),
         ({"positions": "all"}, "pairs of equal length"),
         ({"positions": [[-1], [-1]]}, "2 lists for 3 texts"),

@@ -257,7 +257,7 @@ def knock_out(
         model: a loaded model with "sdpa" or "eager" attention.
         queries: who looks: "last" (the prompt's last token), "answer" (that and generated tokens), "all", or
             positions from the prompt's end. They hold for every prompt of a batch: for spans that differ (see
-            `texts.find_span`) run the prompts one at a time.
+            `find_span`) run the prompts one at a time.
         keys: who is not seen, likewise.
         heads: `(layer, head)` pairs; by default every head of `layers`.
         layers: by default all.

@@ -137,7 +137,7 @@ def patch(
             function of the final residual states `[..., d_model] -> [...]`; read at the destination's last token.
         layers: which to patch; all by default.
         positions: in the destination, counted from the end: `"last"`, `"all"` (pairs of equal length), one or
-            several whole numbers below 0, or a list of them for each pair (see `texts.find_span`).
+            several whole numbers below 0, or a list of them for each pair (see `find_span`).
         source_positions: where the values come from, in the same order; by default `positions`.
         units: heads or neurons as `(layer, index)`, each patched alone; a list of several is patched together.
             Neurons must be named (see `neurons_above`).
