@@ -20,7 +20,7 @@ _PUBLIC = {
         "models.hooks": "edit",
         "tables": "tidy",
         "thoughts": "split_thought",
-        "interventions.metrics": ("Projection LogitDifference LogProbability RefusalLogOdds ProbeScore LogitMetric"),
+        "interventions.metrics": "Projection LogitDifference LogProbability RefusalLogOdds ProbeScore LogitMetric",
         "interventions.patching": "patch",
         "interventions.attribution": "attribution_patch",
         "interventions.ablation": "ablate knock_out",
