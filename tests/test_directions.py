@@ -411,6 +411,7 @@ def test_charts_are_drawn():
         (lambda: whitened_cosine(torch.ones(9), torch.ones(9), randn(4, 9), shrinkage=0), "no inverse at shrinkage 0"),
         (lambda: cosine(torch.ones(2, 3), torch.ones(2)), "do not end in the shape of v"),
         (lambda: separation(randn(4, 2, 3), randn(4, 2, 3), torch.ones(4)), "do not end in the shape of direction"),
+        (lambda: separation(torch.ones(4, 2, 3), torch.ones(4, 2, 3), torch.ones(3)), "neither set has any spread"),
         (lambda: separation(randn(1, 2, 3), randn(4, 2, 3), torch.ones(3)), "two prompts each"),
         (lambda: separation(randn(4, 2, 3), randn(4, 3, 3), torch.ones(3)), "only the prompts may differ"),
         (lambda: whitened_cosine(torch.ones(9), torch.ones(9), randn(4, 8)), r"give numbers \[sample, 9\]"),

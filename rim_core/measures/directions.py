@@ -134,7 +134,7 @@ def separation(a: Tensor, b: Tensor, direction: Tensor) -> Separation:
 
     Raises:
         InputError: shapes that do not fit, fewer than two prompts of a kind, values that are not finite, or a
-            direction of length 0.
+            direction of length 0, or no spread in any layer.
 
     Example:
         >>> import torch
@@ -157,6 +157,8 @@ def separation(a: Tensor, b: Tensor, direction: Tensor) -> Separation:
     scores = [dot(each, unit).reshape(len(each), -1).numpy() for each in (first, second)]
     found = [_cohens_d(*columns) for columns in zip(*(each.T for each in scores), strict=True)]
     estimate, low, high = np.array([(each.estimate, each.low, each.high) for each in found]).T
+    if np.isnan(estimate).all():
+        raise InputError("separation: neither set has any spread along the direction; give other prompts or positions")
     method = "Hedges-Olkin large-sample"
     return Separation(Interval(estimate, low, high, found[0].n, method=method), len(first), len(second))
 
