@@ -1,10 +1,24 @@
 """Measure and intervene on language models, in 4 bits, with controls: `import rim_core as rim`.
 
+Read `models` first, where a model is loaded, captured and edited; then the technique you want. Each folder's own
+docstring says what is in it.
+
+- `models`: a model with its roles, what it computes layer by layer, and hooks; `texts` and `thoughts`: what it reads
+  and says.
+- `interventions`: patching, ablation, steering; `measures`: probes, directions, lens, attribution; `sae`: sparse
+  autoencoders; `behaviour`: answers and their judges.
+- `prompts`: prompt sets; `suites`: which weights a role is; `organisms`: how a role is trained; `verdicts`: whether a
+  claim holds.
+- `stats`: intervals and tests; `tables`: results as tidy tables; `charts`: figures.
+- Below all: `checking` and `errors` (what a user is told), `paths`, `identity`, `hub`, `locks`.
+
 Names resolve on first use, so importing the package loads neither torch nor Altair.
 """
 
 from importlib import import_module
 from typing import Any
+
+from rim_core.paths import did_you_mean
 
 __version__ = "0.1.0"
 
@@ -64,6 +78,28 @@ _MODULES = {
     "activations": "models.capture",
     "outcomes": "verdicts.deciding",
 }
+# What other libraries call it.
+_ELSEWHERE = {
+    name: wanted
+    for wanted, names in {
+        "load": "HookedTransformer TransformerBridge LanguageModel StandardizedTransformer AutoModel from_pretrained",
+        "capture": "run_with_cache ActivationCache cache record_activations get_activations activations_of",
+        "edit": "hook run_with_hooks intervene trace add_hook HookPoint",
+        "patch": "activation_patching causal_tracing path_patching interchange_intervention",
+        "attribution_patch": "attribution_patching eap",
+        "ablate": "zero_ablation mean_ablation abliterate orthogonalize",
+        "steer": "SteeringVector steering_vector activation_addition caa",
+        "difference_in_means": "diff_in_means refusal_direction mean_difference",
+        "logit_lens": "tuned_lens unembed accumulated_resid",
+        "direct_logit_attribution": "dla logit_attrs",
+        "attention_patterns": "attention_pattern attention_probs",
+        "probe_layers": "probe linear_probe LinearProbe",
+        "splice": "SAE HookedSAETransformer SparseAutoencoder",
+        "find_span": "token_positions find_token",
+        "format_chat": "apply_chat_template",
+    }.items()
+    for name in names.split()
+}
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 
@@ -74,7 +110,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return import_module(f"{__name__}.{_MODULES[name]}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    known = _ELSEWHERE.get(name)
+    hint = f": that is rim.{known} here" if known else did_you_mean(name, __all__)
+    raise AttributeError(f"rim has no {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

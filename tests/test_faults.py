@@ -292,7 +292,7 @@ def test_a_lock_of_another_machine_is_taken_over_only_once_it_gives_no_sign_of_l
     folder = tmp_path / "notebook" / "default"
     folder.parent.mkdir()
     lock = folder.parent / ".lock-default"
-    lock.write_text('{"machine": "another", "process": 1, "started": 1.0}')
+    lock.write_text("filelock/2\npid=1\nhost=another\nmode=lease\ntoken=0123456789abcdef\nduration=1.5\nstart=1\n")
     monkeypatch.setattr(locks, "_LAPSE", 1.5)
     monkeypatch.setattr(locks, "_POLL", 0.1)
     stop = threading.Event()
@@ -318,7 +318,8 @@ def test_a_run_whose_lock_was_taken_over_keeps_nothing(tmp_path, monkeypatch):
     root = tiny_project.make(tmp_path / "project")
     monkeypatch.chdir(root)
     lock = root / "results/tiny/one/01_first/.lock-default"
-    write(root, "one/01_first", f"from pathlib import Path; Path({str(lock)!r}).write_text('other')")
+    taking = f"from pathlib import Path; new = Path('new'); new.write_text('other'); new.replace({str(lock)!r})"
+    write(root, "one/01_first", taking)
     (done,) = runner.run([], SUITES[0])
     assert (done.status, "took this notebook over" in done.reason) == ("failed", True)
     assert [path.name for path in lock.parent.iterdir()] == [".lock-default"]

@@ -4,12 +4,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rim_core as rim
 
 
 def test_every_name_resolves():
     for name in rim.__all__:
         assert getattr(rim, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("logit_lense", "did you mean 'logit_lens'"),
+        ("run_with_hooks", "that is rim.edit here"),
+        ("HookedTransformer", "that is rim.load here"),
+        ("activation_patching", "that is rim.patch here"),
+        ("zzzzqq", "has no 'zzzzqq'$"),
+    ],
+)
+def test_an_unknown_name_gets_a_hint(name, hint):
+    with pytest.raises(AttributeError, match=hint) as caught:
+        getattr(rim, name)
+    assert not hasattr(rim, f"__{name}__")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_other_libraries_call_it_is_told_by_a_public_name():
+    assert set(rim._ELSEWHERE.values()) <= set(rim._PUBLIC)
+    assert not set(rim._ELSEWHERE) & set(rim.__all__)
 
 
 def test_no_public_name_is_a_submodule_s():
