@@ -187,7 +187,7 @@ def test_a_file_of_ones_own_keeps_its_pairs_labels_and_splits(tmp_path):
     )
     found = rim.load_prompts(path)
     assert [p.split for p in found] == ["train", "train", "validation", "validation", "test", "test"]
-    assert found[2] == rim.load_prompts(str(path), "validation")[0]
+    assert found[2] == rim.load_prompts(str(path), split="validation")[0]
     assert (found[2].pair, found[2].label, found[2].category) == ("p2", "harmful", "b")
     # A limit draws pairs, and both sides of each: neither side may be lost.
     drawn = rim.load_prompts(path, limit=np.int64(2), seed=np.int32(1))
