@@ -156,24 +156,24 @@ def test_long_fields_and_nameless_columns_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("source", "options", "says"),
     [
-        (("harmfull",), "did you mean 'harmful'"),
-        (("nowhere.csv",), "no prompt file"),
-        (("harmful", "dev"), "unknown split 'dev'"),
-        (("harmful", None, 0), "at least 1"),
-        (("harmful", None, 1.5), "limit must be a whole number of at least 1, not 1.5"),
-        (("harmful", None, True), "limit must be a whole number"),
-        (("harmful", None, 3, -1), "seed must be a whole number of at least 0, not -1"),
-        (("harmful", None, 3, 0.5), "seed must be a whole number"),
-        (("n" * 300 + ".csv",), "no prompt file"),
-        (("nul\0.csv",), "no prompt file"),
-        (("harmful", None, 10_000), "fewer than limit"),
+        ("harmfull", {}, "did you mean 'harmful'"),
+        ("nowhere.csv", {}, "no prompt file"),
+        ("harmful", {"split": "dev"}, "unknown split 'dev'"),
+        ("harmful", {"limit": 0}, "at least 1"),
+        ("harmful", {"limit": 1.5}, "limit must be a whole number of at least 1, not 1.5"),
+        ("harmful", {"limit": True}, "limit must be a whole number"),
+        ("harmful", {"limit": 3, "seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ("harmful", {"limit": 3, "seed": 0.5}, "seed must be a whole number"),
+        ("n" * 300 + ".csv", {}, "no prompt file"),
+        ("nul\0.csv", {}, "no prompt file"),
+        ("harmful", {"limit": 10_000}, "fewer than limit"),
     ],
 )
-def test_bad_requests_get_one_line(arguments, says):
+def test_bad_requests_get_one_line(source, options, says):
     with pytest.raises(InputError, match=says):
-        rim.load_prompts(*arguments)
+        rim.load_prompts(source, **options)
 
 
 def test_a_file_of_ones_own_keeps_its_pairs_labels_and_splits(tmp_path):
