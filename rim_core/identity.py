@@ -10,7 +10,6 @@ The processor is not part of it: results may be made on one machine and read on 
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rim_core import paths
+from rim_core.errors import InputError
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # The libraries by which numbers are computed: another version may give others.
@@ -54,16 +54,13 @@ def file_hash(path: Path) -> str:
     key = f"{blob} {' '.join(map(str, state))}"
     memory = paths.cache_dir() / "hashes.json"
     known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        known = dict(json.loads(memory.read_text(encoding="utf-8")).items())
+    with contextlib.suppress(InputError, AttributeError):
+        known = dict(paths.read_json(memory).items())
     if key in known:
         return known[key]
     found = sha256_file(path)
-    with contextlib.suppress(OSError):  # a convenience only
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        beside = memory.with_name(f"{memory.name}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps({**known, key: found}, indent=1), encoding="utf-8")
-        beside.replace(memory)
+    with contextlib.suppress(InputError):  # a convenience only
+        paths.write_json(memory, {**known, key: found})
     return found
 
 

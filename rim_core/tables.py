@@ -1,4 +1,7 @@
-"""Tidy tables of what results hold: means over texts, and estimates with their intervals."""
+"""Tidy tables: a row a measurement, its axes first, then estimate, low, high and n.
+
+`means` and `tidy` are for readers; `by_axes`, `by_layer` and `interval_frame` are what results' `to_frame` is made of.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -102,32 +105,19 @@ def by_axes(values: ArrayLike, **axes: Sequence[object]) -> pd.DataFrame:
         >>> by_axes([[1.0, 2.0], [3.0, 4.0]], layer=[10, 11])["estimate"].tolist()
         [2.0, 3.0]
     """
-    return mean_frame(values, **axes).rename(columns={"mean": "estimate"})
-
-
-def mean_frame(values: ArrayLike, **axes: Sequence[object]) -> pd.DataFrame:
-    """Give a row for each combination of the axes after the first: the mean over the first, its interval, n.
-
-    Args:
-        values: `[n, ...]`; NaNs do not count.
-        axes: the labels of each axis after the first, by name; where there is one label the axis may be absent.
-
-    Returns:
-        A column for each axis, then mean, low and high (Student's 95 % interval, NaN for a single value), n.
-    """
     data = np.asarray(values, dtype=np.float64)
     flat = pd.DataFrame(data.reshape(len(data), -1))
     mean, n = flat.mean(), flat.count()
     half = scipy.stats.t.ppf(0.975, n - 1) * flat.sem()
     index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
-    summary = pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half, "n": n})
+    summary = pd.DataFrame({"estimate": mean, "low": mean - half, "high": mean + half, "n": n})
     return summary.set_index(index).reset_index()
 
 
-def interval_frame(found: Mapping[Any, Interval], keys: Sequence[str], value: str = "estimate") -> pd.DataFrame:
-    """Give a row an interval: a column for each part of its key, the estimate as `value`, low, high, n."""
+def interval_frame(found: Mapping[Any, Interval], keys: Sequence[str]) -> pd.DataFrame:
+    """Give a row an interval: a column for each part of its key, then estimate, low, high and n."""
     rows = [(*key, each.estimate, each.low, each.high, each.n) for key, each in found.items()]
-    return pd.DataFrame(rows, columns=[*keys, value, "low", "high", "n"])
+    return pd.DataFrame(rows, columns=[*keys, "estimate", "low", "high", "n"])
 
 
 def by_layer(series: Mapping[str, Interval]) -> pd.DataFrame:

@@ -43,6 +43,10 @@ class SplitAnswer:
         thought: what it thought first, without the tags; None if it did not.
         answer: what it answered; without a thought the whole text as it is.
         finished: False if the text ends inside the thought, so that there is no answer.
+
+    Example:
+        >>> rim.split_thought("Mix flour and water.").thought is None
+        True
     """
 
     thought: str | None

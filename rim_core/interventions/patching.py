@@ -22,7 +22,7 @@ from rim_core.models.batching import outgrows_window, run_batches, shared_beginn
 from rim_core.models.batching import positions as positions_in
 from rim_core.models.capture import Activations
 from rim_core.models.model import Model
-from rim_core.tables import mean_frame
+from rim_core.tables import by_axes
 from rim_core.texts import checked, encode
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Patched:
             axes = {"unit": [named(unit) for unit in self.units]}
         elif self.effects.dim() > 2:
             axes["head"] = range(self.effects.shape[2])
-        frame = mean_frame(self.effects, **axes).rename(columns={"mean": "estimate"})
+        frame = by_axes(self.effects, **axes)
         if self.units is not None:
             frame.insert(0, "layer", self.layers)
         return frame
