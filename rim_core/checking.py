@@ -169,6 +169,7 @@ def array(
             or too few, one of another size, or one of size 0.
 
     Example:
+        >>> from rim_core import checking
         >>> checking.array([[1, 2], [3, 4]], "steer: direction", shape=("layer", 2)).shape
         (2, 2)
         >>> checking.array([1.0, 2.0], "project: direction", shape=("layer", 2))
@@ -223,6 +224,7 @@ def same_length(what: str = "", /, **lists: Any) -> int:
         InputError: two lengths differ, or one is no list.
 
     Example:
+        >>> from rim_core import checking
         >>> checking.same_length("patch", source=[1, 2], destination=[3])
         Traceback (most recent call last):
         rim_core.errors.InputError: patch: source has 2 items and destination 1; give equally many
