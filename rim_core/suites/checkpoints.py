@@ -90,15 +90,6 @@ class Checkpoint:
         return Size(linear=linear, other=total - linear, layers=layers, heads=heads)
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter's small files say: its settings and its folder."""
-
-    ref: str
-    settings: Mapping[str, Any]
-    folder: Path
-
-
 def locate(ref: str, kind: str = "model", *, revision: str | None = None, online: bool = True) -> Path | None:
     """The folder (or the .gguf file) that holds a checkpoint or an adapter, from a path or the hub.
 
@@ -320,8 +311,8 @@ def adapter_folder(ref: str, online: bool = True) -> Path | None:
     return folder
 
 
-def read_adapter_header(ref: str, online: bool = True) -> Adapter | None:
-    """Look at an adapter in a folder or on the hub; None for the hub's, not cached here, with `online` False.
+def read_adapter_header(ref: str, online: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """The folder and the settings of an adapter; None for the hub's, not cached here, with `online` False.
 
     Raises:
         InputError: nothing there, or settings that cannot be had exactly.
@@ -331,7 +322,7 @@ def read_adapter_header(ref: str, online: bool = True) -> Adapter | None:
     if folder is None:
         return None
     read_shapes(folder / ADAPTER_FILE)
-    return Adapter(ref, read_adapter_settings(folder), folder)
+    return folder, read_adapter_settings(folder)
 
 
 def read_adapter_settings(folder: Path) -> dict[str, Any]:

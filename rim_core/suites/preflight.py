@@ -75,19 +75,19 @@ def check_adapter(suite: Suite, role: Role, online: bool) -> None:
         WeightsError: damaged, or not the recorded one.
     """
     assert role.adapter is not None
-    adapter = read_adapter_header(role.adapter, online)
-    if adapter is None:
+    if (found := read_adapter_header(role.adapter, online)) is None:
         return
-    recorded, record = role.sha256, adapter.folder / RECORD
+    folder, settings = found
+    recorded, record = role.sha256, folder / RECORD
     if recorded is None and record.is_file():
         recorded = read_json(record).get("sha256")
-    if recorded is not None and (found := file_hash(adapter.folder / ADAPTER_FILE)) != recorded:
+    if recorded is not None and (now := file_hash(folder / ADAPTER_FILE)) != recorded:
         raise WeightsError(
-            f"role {role.name!r}: {role.adapter} is not the recorded adapter (sha256 {found[:12]}..., recorded "
+            f"role {role.name!r}: {role.adapter} is not the recorded adapter (sha256 {now[:12]}..., recorded "
             f"{recorded[:12]}...): fetch or train it again, or correct the record"
         )
     # A path as the base's name says nothing: it is of the machine that the adapter was trained on.
-    named = adapter.settings.get("base_model_name_or_path")
+    named = settings.get("base_model_name_or_path")
     if not isinstance(named, str) or named.count("/") != 1 or named.startswith((".", "/")):
         return
     if suite.base.hub and _bare_name(named) != _bare_name(suite.base.hub):

@@ -10,13 +10,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rim_core import paths, yamlfile
 from rim_core.errors import InputError
 from rim_core.yamlfile import Entry, Number, Text, Truth, Whole, mistake
 
-Bounds = tuple[Number, Number]
+
+def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] >= bounds[1]:
+        raise ValueError("two numbers [low, high] are needed, the first less than the second")
+    return bounds
+
+
+def _of_a_section(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+/[\w-]+", name):
+        raise ValueError(f"{name!r} is not of the form section/name")
+    return name
+
+
+def _distinct(names: Sequence[str], what: str) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(what)
+
+
+Bounds = Annotated[tuple[Number, Number], AfterValidator(_in_order)]
 Margin = Annotated[Number, Field(ge=0)]
 
 
@@ -65,12 +83,10 @@ class Order(Entry):
     order: Annotated[tuple[str, ...], Field(min_length=2)]
     margin: Margin = 0.0
 
-    @field_validator("order")
-    @classmethod
-    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(names)) < len(names):
-            raise ValueError("two or more different names are needed")
-        return names
+    @model_validator(mode="after")
+    def _of_different_names(self) -> Self:
+        _distinct(self.order, "order: two or more different names are needed")
+        return self
 
 
 class BetterThanControl(Entry):
@@ -85,20 +101,12 @@ Simple = Annotated[Range | Sign | Near | ShareOfLayers | Order | BetterThanContr
 OfAControl = Annotated[Range | Sign | Near | ShareOfLayers, Field(discriminator="kind")]
 
 
-def _in_order(bounds: Bounds | None) -> Bounds | None:
-    if bounds is not None and bounds[0] >= bounds[1]:
-        raise ValueError("two numbers [low, high] are needed, the first less than the second")
-    return bounds
-
-
 class Part(Entry):
     """One number of a claim that has several, by its own rule."""
 
     metric: Text
     rule: Simple
     bounds: Bounds | None = None
-
-    _bounds_in_order = field_validator("bounds")(_in_order)
 
 
 class All(Entry):
@@ -107,12 +115,10 @@ class All(Entry):
     kind: Literal["all"]
     parts: Annotated[tuple[Part, ...], Field(min_length=2)]
 
-    @field_validator("parts")
-    @classmethod
-    def _distinct(cls, parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        if len({part.metric for part in parts}) < len(parts):
-            raise ValueError("two parts have the same metric")
-        return parts
+    @model_validator(mode="after")
+    def _of_different_metrics(self) -> Self:
+        _distinct([part.metric for part in self.parts], "parts: two have the same metric")
+        return self
 
 
 Rule = Annotated[Range | Sign | Near | ShareOfLayers | Order | BetterThanControl | All, Field(discriminator="kind")]
@@ -130,18 +136,9 @@ class Metric(Entry):
 
     name: Text
     unit: str
-    notebook: str
+    notebook: Annotated[str, AfterValidator(_of_a_section)]
     bounds: Bounds | None = None
     units: Mapping[str, str] = {}
-
-    _bounds_in_order = field_validator("bounds")(_in_order)
-
-    @field_validator("notebook")
-    @classmethod
-    def _of_a_section(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w-]+/[\w-]+", name):
-            raise ValueError(f"{name!r} is not of the form section/name")
-        return name
 
 
 class Control(Entry):
@@ -188,8 +185,7 @@ class Claim(Entry):
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
         names = [control.name for control in self.controls]
-        if len(set(names)) < len(names):
-            raise mistake("two have the same name", "controls")
+        _distinct(names, "controls: two have the same name")
         compared = {part.rule.control for part in self.parts if isinstance(part.rule, BetterThanControl)}
         if unknown := sorted(compared - set(names)):
             raise mistake(f"{unknown[0]!r} is not among the claim's controls", "rule", "control")
