@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from companion.crate import CLAIMS, DESCRIPTOR
-from companion.scorecard import scorecard
+from companion.scorecard import rows
 from rim_core import paths
 from rim_core.errors import InputError
 from rim_core.verdicts.rules import SYMBOLS, number_text
 
 _NUMBERS = ("value", "low", "high")
 _ALIKE = 1e-6  # numbers closer than this, relatively, are the same: they come from JSON and other processors
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,144 +30,134 @@ class Difference:
         """Whether the outcome is another, and not the numbers alone."""
         return self.outcomes[0] != self.outcomes[1]
 
+    @property
+    def told(self) -> tuple[str, str]:
+        """Symbol, outcome and numbers of each."""
+        first, second = (
+            f"{SYMBOLS[outcome]} {outcome.replace('_', ' ')}, {number}"
+            for outcome, number in zip(self.outcomes, self.numbers, strict=True)
+        )
+        return first, second
+
 
 def compare(first: str, second: str) -> tuple[list[Difference], int]:
     """Compare the claims of two runs; give those that differ, and how many were compared.
 
     Args:
-        first, second: each a suite with results, by name or by its file's path; a results folder, or the folder of
-            one suite in it; or a folder that `rim export --ro-crate` wrote. Where each side has one suite, the
-            claims of one are compared with the other's; else suite by suite.
+        first: a suite with results, by name or by its file's path; a results folder, or the folder of one suite in
+            it; or a folder that `rim export --ro-crate` wrote.
+        second: another. Where each side has one suite, the claims of one are compared with the other's; else suite
+            by suite.
 
     Raises:
         InputError: one that is none of these or holds no results, or two that have no suite in common.
     """
-    left, right = _read(first), _read(second)
-    suites = [{row["suite"] for row in rows} for rows in (left, right)]
-    if all(len(names) == 1 for names in suites):
-        by = [{f"{row['paper']} {row['claim']}": row for row in rows} for rows in (left, right)]
-    else:
-        common = suites[0] & suites[1]
-        if not common:
-            has = [", ".join(sorted(names)) for names in suites]
-            raise InputError(
-                f"{first} holds the suites {has[0]}, {second} holds {has[1]}: none to compare; name one suite's "
-                "folder on each side, such as results/smollm2"
-            )
-        by = [
-            {f"{row['suite']} {row['paper']} {row['claim']}": row for row in rows if row["suite"] in common}
-            for rows in (left, right)
-        ]
+    sides = _read(first), _read(second)
+    suites = [{row["suite"] for row in side} for side in sides]
+    one_each = all(len(names) == 1 for names in suites)
+    common = suites[0] & suites[1]
+    if not one_each and not common:
+        has = [", ".join(sorted(names)) for names in suites]
+        raise InputError(
+            f"{first} holds the suites {has[0]}, {second} holds {has[1]}: none to compare; name one suite's "
+            "folder on each side, such as results/smollm2"
+        )
+    by = [
+        {
+            f"{'' if one_each else row['suite'] + ' '}{row['paper']} {row['claim']}": row
+            for row in side
+            if one_each or row["suite"] in common
+        }
+        for side in sides
+    ]
     names = list(dict.fromkeys([*by[0], *by[1]]))
-    pairs = {name: (by[0].get(name, {}), by[1].get(name, {})) for name in names}
     found = []
-    for name, (a, b) in pairs.items():
-        if _outcome(a) != _outcome(b) or not _alike(a, b):
-            found.append(Difference(name, (_outcome(a), _outcome(b)), _numbers(a, b)))
+    for name in names:
+        pair = by[0].get(name, {}), by[1].get(name, {})
+        outcomes = pair[0].get("outcome", "not_tested"), pair[1].get("outcome", "not_tested")
+        if outcomes[0] != outcomes[1] or not _alike(*pair):
+            found.append(Difference(name, outcomes, _numbers(*pair)))
     return found, len(names)
 
 
-def _read(named: str) -> list[dict[str, Any]]:
+def _read(named: str) -> Sequence[Row]:
     """Read the claims of a suite, a results folder or a crate, a row for each claim and suite."""
     path = Path(named).expanduser()
-    if (path / DESCRIPTOR).is_file():
-        return _read_crate(path)
-    if path.is_dir() and not _is_run_suite(named):
+    if (path / "ro-crate-metadata.json").is_file():
+        return _some(_recorded(path / "claims.json", "export it again with rim export --ro-crate"), path)
+    results = _project_results()
+    is_suite = results is not None and "/" not in named and _has_runs(results / named)
+    if path.is_dir() and not is_suite:
         return _read_folder(path.resolve())
-    suite = paths.suite_name(named)
-    results = paths.results_dir(paths.root())
-    if _has_runs(results / suite):
-        return scorecard(results, [named if _is_suite(named) else suite])
-    paths.suite_file(named)
-    raise InputError(f"suite {suite} has no results to compare; rim run --suite {named}")
-
-
-def _is_run_suite(named: str) -> bool:
-    """Whether a word that a folder here has too names a suite of this project that was run."""
-    try:
-        return "/" not in named and _has_runs(paths.results_dir(paths.root()) / named)
-    except InputError:
-        return False
-
-
-def _is_suite(named: str) -> bool:
+    suite, results = paths.suite_name(named), paths.results_dir(paths.root())
+    if not _has_runs(results / suite):
+        paths.suite_file(named)
+        raise InputError(f"suite {suite} has no results to compare; rim run --suite {named}")
     try:
         paths.suite_file(named)
+    except InputError:  # results outlive a suite's file
+        named = suite
+    return rows(results, [named])
+
+
+def _project_results() -> Path | None:
+    try:
+        return paths.results_dir(paths.root())
     except InputError:
-        return False
-    return True
+        return None
 
 
 def _has_runs(folder: Path) -> bool:
     return any(folder.glob("*/*/default/run.json")) or any(folder.glob("*/*/failed/default/error.json"))
 
 
-def _read_crate(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads((path / CLAIMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        rows = None
-    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-        raise InputError(f"{path}: its {CLAIMS} holds no claims; export it again with rim export --ro-crate")
-    return _some(rows, path)
-
-
-def _is_row(row: Any) -> bool:
-    named = isinstance(row, dict) and {"paper", "claim", "suite", *_NUMBERS} <= set(row)
-    return named and row.get("outcome") in SYMBOLS
-
-
-def _read_folder(path: Path) -> list[dict[str, Any]]:
+def _read_folder(path: Path) -> Sequence[Row]:
     """Read a results folder: by the rules of the project it lies in, or else as its runs recorded the claims."""
     results = path.parent if _has_runs(path) else path
     suites = [path] if _has_runs(path) else [each for each in sorted(path.glob("*")) if _has_runs(each)]
     if suites and (results.parent / "book" / "claims").is_dir():
-        return scorecard(results, [suite.name for suite in suites])
-    return _some([row for suite in suites for row in _recorded(suite)], path)
+        return rows(results, [suite.name for suite in suites])
+    found = []
+    for suite in suites:
+        for file in sorted(suite.glob("*/*/default/claims.json")):
+            recorded = _recorded(file, "is it a folder that rim run wrote?")
+            found += [{**row, "suite": suite.name} for row in recorded]
+    return _some(found, path)
 
 
-def _recorded(suite: Path) -> list[dict[str, Any]]:
-    rows = []
-    for path in sorted(suite.glob("*/*/default/claims.json")):
-        try:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-            found = [{**row, "claim": row["claim_id"], "suite": suite.name} for row in recorded]
-        except (OSError, ValueError, KeyError, TypeError):
-            found = [{}]
-        if not all(_is_row(row) for row in found):
-            raise InputError(f"{path}: holds no claims; is it a folder that rim run wrote?")
-        rows += found
-    return rows
+def _recorded(path: Path, remedy: str) -> list[Row]:
+    """The claims that a crate or a run recorded."""
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        found = [{"claim": row.get("claim_id"), **row} for row in recorded]
+        if all({"paper", "claim", *_NUMBERS} <= set(row) and row["outcome"] in SYMBOLS for row in found):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path}: holds no claims; {remedy}")
 
 
-def _some(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    if not rows:
+def _some(found: list[Row], path: Path) -> list[Row]:
+    if not found:
         raise InputError(f"{path}: no results there; name a suite, a results folder or an exported crate")
-    return rows
+    return found
 
 
-def _outcome(row: Mapping[str, Any]) -> str:
-    return str(row.get("outcome", "not_tested"))
-
-
-def _numbers(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, str]:
-    rows = [[row.get(name) for name in _NUMBERS] for row in (first, second)]
-    told = number_text(*rows[0]), number_text(*rows[1])
+def _numbers(first: Row, second: Row) -> tuple[str, str]:
+    pair = [[row.get(name) for name in _NUMBERS] for row in (first, second)]
+    told = number_text(*pair[0]), number_text(*pair[1])
     if told[0] != told[1] or _alike(first, second):
         return told
     # They differ in digits that the scorecard leaves out.
-    exact = [", ".join("–" if n is None else f"{n:.9g}" for n in row) for row in rows]
+    exact = [", ".join("–" if n is None else f"{n:.9g}" for n in row) for row in pair]
     return exact[0], exact[1]
 
 
-def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    return all(_same(first.get(name), second.get(name)) for name in _NUMBERS)
-
-
-def _same(first: float | None, second: float | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return math.isclose(first, second, rel_tol=_ALIKE, abs_tol=_ALIKE)
+def _alike(first: Row, second: Row) -> bool:
+    pairs = [(first.get(name), second.get(name)) for name in _NUMBERS]
+    return all(
+        a is b if a is None or b is None else math.isclose(a, b, rel_tol=_ALIKE, abs_tol=_ALIKE) for a, b in pairs
+    )
 
 
 def summary(found: Sequence[Difference], compared: int) -> str:

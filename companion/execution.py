@@ -6,22 +6,21 @@ race when several runs share a machine, and a default socket path is shared by e
 
 import ast
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
-import psutil
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.clientwrap import PapermillNotebookClient
@@ -69,31 +68,39 @@ class Execution:
 
 
 @dataclass
-class Job:
-    """One execution: what the engine needs to know, and the notebook as far as it came."""
+class _Kernel:
+    """One kernel's start and work: what the engine needs to know, and the notebook as far as it came."""
 
     folder: Path
     environment: dict[str, str]
     on_cell: Callable[[int, int], None]
-    notebook: Any = None
+    notebook: Any
     cells_started: int = 0
     manager: Any = None
     watch: provenance.MemoryWatch | None = None
-    usage: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
 
-    def last_words(self) -> str:
-        """Give the last line that the kernel's process itself wrote, such as an import error at its start."""
-        try:
-            lines = (self.folder / "kernel.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        except OSError:
-            return ""
-        return lines[-1].strip() if lines else ""
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What the kernel said of itself; its memory is at least what was seen of it and all that it started."""
+        said = {"device": None, "peak_memory_bytes": None, "peak_gpu_memory_bytes": None, **self.said}
+        seen = self.watch.peak if self.watch else 0
+        return {**said, "peak_memory_bytes": max(said["peak_memory_bytes"] or 0, seen) or None}
+
+    def end(self) -> None:
+        """Make sure that nothing of the kernel is left, not even what it started itself."""
+        if self.watch:
+            self.watch.stop()
+        process = getattr(getattr(self.manager, "provisioner", None), "pid", None)
+        if process is not None and hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process, signal.SIGKILL)  # the kernel leads a process group of its own
 
 
 def execute(
     project: Path,
-    source: Path,
+    notebook: Mapping[str, Any],
     parameters: Mapping[str, Any],
     on_cell: Callable[[int, int], None],
     timeout: float | None = None,
@@ -105,73 +112,60 @@ def execute(
     """
     _quiet()
     papermill_engines.register("rim", _Engine)
-    # A start that fails under load succeeds on a second try; a cell that fails is never run twice.
-    job, failure = _attempt(project, source, parameters, on_cell, timeout)
-    if failure and job.cells_started == 0 and failure.cell is None:
-        job, failure = _attempt(project, source, parameters, on_cell, timeout)
-    clean = scrubber(project)
-    notebook = clean(remove_error_markers(job.notebook))
-    if failure:
-        failure = Failure(**clean(vars(failure)))
-    return Execution(nbformat.from_dict(notebook), failure, _usage(job))
-
-
-def _usage(job: Job) -> dict[str, Any]:
-    """What the kernel said of itself; its memory is at least what was seen of it and all that it started."""
-    said = {"device": None, "peak_memory_bytes": None, "peak_gpu_memory_bytes": None, **job.usage}
-    seen = job.watch.peak if job.watch else 0
-    return {**said, "peak_memory_bytes": max(said["peak_memory_bytes"] or 0, seen) or None}
-
-
-def _attempt(
-    project: Path,
-    source: Path,
-    parameters: Mapping[str, Any],
-    on_cell: Callable[[int, int], None],
-    timeout: float | None,
-) -> tuple[Job, Failure | None]:
-    with _private_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="rim-", dir=_short_parent()) as name:
+        folder = Path(name)
         environment = {
             **os.environ,
             **_KERNEL_SETTINGS,
             "RIM_PROJECT": str(project),
             "IPYTHONDIR": str(folder / "ipython"),  # a user's own start-up files must not change a result
         }
-        job = Job(folder, environment, on_cell, notebook=nbformat.read(source, as_version=4))
-        try:
-            papermill.execute_notebook(
-                job.notebook,
-                None,
-                parameters=dict(parameters),
-                engine_name="rim",
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                cwd=project,
-                job=job,
-                execution_timeout=timeout,
-            )
-        except PapermillExecutionError as error:
-            cell = int(error.exec_count) if error.exec_count is not None else None
-            return job, Failure(error.ename, _with_advice(error), cell, list(error.traceback))
-        except OSError:
-            raise
-        except Exception as error:  # whatever the kernel's transport raises fails this notebook, not the others
-            return job, _kernel_failure(job, error)
-        finally:
-            _end_processes(job)
-        return job, None
+        kernel = _Kernel(folder, environment, on_cell, nbformat.reads(json.dumps(notebook), as_version=4))
+        failure = _attempt(kernel, project, parameters, timeout)
+    clean = scrubber(project)
+    executed = nbformat.from_dict(clean(remove_error_markers(kernel.notebook)))
+    return Execution(executed, Failure(**clean(vars(failure))) if failure else None, kernel.usage)
 
 
-def _kernel_failure(job: Job, error: Exception) -> Failure:
-    if job.cells_started == 0:
-        told = job.last_words() or str(error)
-        return Failure("KernelStartError", f"the kernel did not start: {told}", None)
-    if type(error).__name__ == "DeadKernelError":
-        return Failure("KernelDied", f"the kernel died in this cell{_death(job)}", job.cells_started)
-    if type(error).__name__ == "CellTimeoutError":
-        return Failure("CellTimeout", "this cell took longer than the time allowed", job.cells_started)
-    return Failure(type(error).__name__, str(error).strip().split("\n")[0], job.cells_started)
+def _attempt(kernel: _Kernel, project: Path, parameters: Mapping[str, Any], timeout: float | None) -> Failure | None:
+    try:
+        papermill.execute_notebook(
+            kernel.notebook,
+            None,
+            parameters=dict(parameters),
+            engine_name="rim",
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            cwd=project,
+            kernel=kernel,
+            execution_timeout=timeout,
+        )
+    except PapermillExecutionError as error:
+        cell = int(error.exec_count) if error.exec_count is not None else None
+        return Failure(error.ename, _with_advice(error), cell, list(error.traceback))
+    except OSError:
+        raise
+    except Exception as error:  # whatever the kernel's transport raises fails this notebook, not the others
+        return _kernel_failure(kernel, error)
+    finally:
+        kernel.end()
+    return None
+
+
+def _kernel_failure(kernel: _Kernel, error: Exception) -> Failure:
+    if kernel.cells_started == 0:
+        # What the process itself wrote last, such as an import error at its start.
+        with contextlib.suppress(OSError, IndexError):
+            log = (kernel.folder / "kernel.log").read_text(encoding="utf-8", errors="replace")
+            return Failure("KernelStartError", f"the kernel did not start: {log.strip().splitlines()[-1]}", None)
+        return Failure("KernelStartError", f"the kernel did not start: {error}", None)
+    told = {
+        "DeadKernelError": ("KernelDied", f"the kernel died in this cell{_death(kernel)}"),
+        "CellTimeoutError": ("CellTimeout", "this cell took longer than the time allowed"),
+    }
+    name = type(error).__name__
+    return Failure(*told.get(name, (name, str(error).strip().split("\n")[0])), kernel.cells_started)
 
 
 def _with_advice(error: PapermillExecutionError) -> str:
@@ -182,11 +176,11 @@ def _with_advice(error: PapermillExecutionError) -> str:
     return f"{first or 'out of memory'}; {_LESS_MEMORY}"
 
 
-def _death(job: Job) -> str:
+def _death(kernel: _Kernel) -> str:
     """Say why a kernel died, as far as its exit code tells, and what to do."""
-    code = job.exit_code
+    code = kernel.exit_code
     if code is None or code == -signal.SIGKILL:
-        held = f" (it held {job.watch.peak / 1e9:.1f} GB)" if job.watch and job.watch.peak else ""
+        held = f" (it held {kernel.watch.peak / 1e9:.1f} GB)" if kernel.watch and kernel.watch.peak else ""
         return f"; most often the machine ran out of memory{held}: {_LESS_MEMORY}"
     if code >= 0:
         return f": it ended itself with exit code {code}"
@@ -204,30 +198,21 @@ def _quiet() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Make a folder that only this user can enter, with a path short enough for sockets where one exists."""
-    places_to_try = [tempfile.gettempdir(), "/tmp"]
-    short = [p for p in places_to_try if len(p) < _SOCKET_PATH_LIMIT - 20 and os.access(p, os.W_OK)]
-    parent = Path((short or places_to_try)[0])
-    for left in parent.glob("rim-*-*"):  # by a run that was killed
-        number = left.name.split("-")[1]
-        # Several runs may sweep at once, so that a folder may go at any time.
-        with contextlib.suppress(FileNotFoundError):
-            if number.isdigit() and not psutil.pid_exists(int(number)) and left.stat().st_uid == os.getuid():
-                _end_orphan(left)
-                shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"rim-{os.getpid()}-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _short_parent() -> str | None:
+    """Where a folder's path is short enough for sockets; None for the system's own place."""
+    return None if len(tempfile.gettempdir()) < _SOCKET_PATH_LIMIT - 20 or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process with its parent; elsewhere ipykernel looks itself, between two steps of Python."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class _KernelManager(AsyncKernelManager):  # type: ignore[misc,unused-ignore]
-    """Start this very Python as the kernel, quietly, with the job's environment and sockets."""
+    """Start this very Python as the kernel, quietly, with an environment and sockets of its own."""
 
-    job: Job
+    kernel: _Kernel
 
     @property
     def kernel_spec(self) -> KernelSpec:
@@ -235,31 +220,29 @@ class _KernelManager(AsyncKernelManager):  # type: ignore[misc,unused-ignore]
         return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
     async def _async_start_kernel(self, **kw: Any) -> None:
-        with (self.job.folder / "kernel.log").open("wb") as log:
-            await super()._async_start_kernel(env=self.job.environment, stdout=log, stderr=log, **kw)
-        process = getattr(self.provisioner, "pid", None)
-        if process is None:
-            return
-        begun = psutil.Process(process).create_time()
-        (self.job.folder / "kernel.process").write_text(f"{process} {begun}", encoding="utf-8")
-        self.job.watch = provenance.MemoryWatch(process)
+        with (self.kernel.folder / "kernel.log").open("wb") as log:
+            quiet = {"env": self.kernel.environment, "stdout": log, "stderr": log, "preexec_fn": _end_with_parent}
+            await super()._async_start_kernel(**quiet, **kw)
+        if process := getattr(self.provisioner, "pid", None):
+            self.kernel.watch = provenance.MemoryWatch(process)
 
     start_kernel = _async_start_kernel
 
 
 class _Client(PapermillNotebookClient):  # type: ignore[misc,unused-ignore]
-    """Papermill's client with the job's own kernel manager."""
+    """Papermill's client with a kernel manager of this module's."""
 
-    job: Job
+    kernel: _Kernel
 
     def create_kernel_manager(self) -> Any:
         manager = _KernelManager(kernel_name=self.kernel_name, config=self.config)
-        manager.job = self.job
-        manager.connection_file = str(self.job.folder / "kernel.json")
-        if sys.platform != "win32" and len(str(self.job.folder)) < _SOCKET_PATH_LIMIT - 10:
+        folder = self.kernel.folder
+        manager.kernel = self.kernel
+        manager.connection_file = str(folder / "kernel.json")
+        if sys.platform != "win32" and len(str(folder)) < _SOCKET_PATH_LIMIT - 10:
             manager.transport = "ipc"
-            manager.ip = str(self.job.folder / "k")
-        self.km = self.job.manager = manager
+            manager.ip = str(folder / "k")
+        self.km = self.kernel.manager = manager
         return manager
 
     def papermill_execute_cells(self) -> None:
@@ -267,8 +250,8 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc,unused-ignore]
             super().papermill_execute_cells()
             self._ask_kernel()
         except BaseException:
-            process = getattr(self.job.manager.provisioner, "process", None)
-            self.job.exit_code = process.poll() if process else None
+            process = getattr(self.kernel.manager.provisioner, "process", None)
+            self.kernel.exit_code = process.poll() if process else None
             self.shutdown_kernel = "immediate"  # a busy kernel does not answer a polite request
             raise
 
@@ -277,49 +260,30 @@ class _Client(PapermillNotebookClient):  # type: ignore[misc,unused-ignore]
         with contextlib.suppress(KeyError, ValueError, SyntaxError, TypeError):
             asked = self.kc.execute("", silent=True, store_history=False, user_expressions={"it": _ASKED})
             answer = self.wait_for_reply(asked)["content"]["user_expressions"]["it"]
-            self.job.usage = json.loads(ast.literal_eval(answer["data"]["text/plain"]))
+            self.kernel.said = json.loads(ast.literal_eval(answer["data"]["text/plain"]))
 
 
 class _Engine(Engine):  # type: ignore[misc,unused-ignore]
-    """A papermill engine that tells the job which cell starts and keeps the notebook within reach."""
+    """A papermill engine that tells which cell starts and keeps the notebook within reach."""
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, *, job: Job, execution_timeout: float | None = None, **_: Any
+        cls, nb_man: Any, kernel_name: str, *, kernel: _Kernel, execution_timeout: float | None = None, **_: Any
     ) -> None:
-        job.notebook = nb_man.nb
+        kernel.notebook = nb_man.nb
         code_cells = [i for i, cell in enumerate(nb_man.nb.cells) if cell.cell_type == "code"]
         start = nb_man.cell_start
 
         def cell_start(cell: Any, cell_index: int, **kw: Any) -> None:
             start(cell, cell_index, **kw)
             if cell_index in code_cells:
-                job.cells_started = code_cells.index(cell_index) + 1
-                job.on_cell(job.cells_started, len(code_cells))
+                kernel.cells_started = code_cells.index(cell_index) + 1
+                kernel.on_cell(kernel.cells_started, len(code_cells))
 
         nb_man.cell_start = cell_start
         client = _Client(nb_man, timeout=execution_timeout, startup_timeout=60, kernel_name=kernel_name)
-        client.job = job
+        client.kernel = kernel
         client.execute()
-
-
-def _end_processes(job: Job) -> None:
-    """Make sure that nothing of a kernel is left, not even what it started itself."""
-    if job.watch:
-        job.watch.stop()
-    process = getattr(getattr(job.manager, "provisioner", None), "pid", None)
-    if process is None or not hasattr(os, "killpg"):
-        return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process, signal.SIGKILL)  # the kernel leads a process group of its own
-
-
-def _end_orphan(folder: Path) -> None:
-    """End the kernel of a run that was killed, should it still be there: it may hold much memory."""
-    with contextlib.suppress(OSError, ValueError, psutil.Error):
-        number, begun = (folder / "kernel.process").read_text(encoding="utf-8").split()
-        if psutil.Process(int(number)).create_time() == float(begun):
-            os.killpg(int(number), signal.SIGKILL)
 
 
 def scrubber(project: Path) -> Callable[[Any], Any]:

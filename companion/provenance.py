@@ -18,26 +18,9 @@ from typing import Any
 import psutil
 
 from rim_core import __version__, identity
-from rim_core.suites import schema
+from rim_core.suites.schema import Suite, suite_hashes
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "huggingface-hub",
-    "bitsandbytes",
-    "peft",
-    "accelerate",
-    "nnsight",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "altair",
-    "papermill",
-    "ipykernel",
-)
+_PACKAGES = (*identity.LIBRARIES, "safetensors", "huggingface-hub", "altair", "papermill", "ipykernel")
 _INTERVAL = 0.5
 
 
@@ -63,29 +46,30 @@ def seeds(parameters: Mapping[str, Any]) -> list[Any]:
     return list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def models(suite: str) -> dict[str, dict[str, Any]]:
+def models(suite: Suite) -> dict[str, dict[str, Any]]:
     """Say what each role of a suite is: its source, the SHA-256 of each of its files, and its `identity`.
 
     Of a model on the hub the commit is the one that this machine's cache holds, and so are its files' hashes;
     where nothing was fetched yet there are none. A role that is the bare base has `{"source": "base"}`.
     """
-    read, identities = schema.load_suite(suite), schema.suite_hashes(suite)
-    if wheel := read.base.wheel:
-        base = {"source": f"wheel {read.base.ref}", "files": {Path(wheel.gguf).name: wheel.gguf_sha256}}
+    if wheel := suite.base.wheel:
+        source = f"wheel {wheel.package} {wheel.version}"
+        base: dict[str, Any] = {"source": source, "files": {Path(wheel.gguf).name: wheel.gguf_sha256}}
     else:
-        base = _model(read.base.ref, read.base.revision)
-    if read.base.chat_template:
-        base["chat_template"] = identity.file_hash(Path(read.base.chat_template))
-    found = {"base": base}
-    for role in read.roles.values():
-        own = role.adapter or role.checkpoint
-        if own:
-            found[role.name] = {"kind": "adapter" if role.adapter else "checkpoint", **_model(own)}
-            if role.chat_template:
-                found[role.name]["chat_template"] = identity.file_hash(Path(role.chat_template))
+        base = _model(suite.base.ref, suite.base.revision)
+    found = {"base": base | _template(suite.base.chat_template)}
+    for role in suite.roles.values():
+        if own := role.adapter or role.checkpoint:
+            kind = "adapter" if role.adapter else "checkpoint"
+            found[role.name] = {"kind": kind, **_model(own), **_template(role.chat_template)}
         elif role.name != "base":
             found[role.name] = {"source": "base"}
+    identities = suite_hashes(suite.path)
     return {name: {**model, "identity": identities[name]} for name, model in found.items()}
+
+
+def _template(path: str | None) -> dict[str, str]:
+    return {"chat_template": identity.file_hash(Path(path))} if path else {}
 
 
 def of_process() -> str:

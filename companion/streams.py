@@ -5,12 +5,43 @@ not: a run goes on when nobody can be told of it.
 """
 
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rim_core.errors import RunError
+
+
+def table(rows: Sequence[Mapping[str, Any]], *, heading: bool = True) -> None:
+    """Print rows as aligned columns, as wide as the terminal (80 where there is none), long texts on further lines.
+
+    Args:
+        rows: each a value for a column; the first row's keys are the columns.
+        heading: print the columns' names above them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=heading, header_style="bold")
+    columns = list(rows[0]) if rows else []
+    for number, name in enumerate(columns):
+        drawn.add_column(name, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        drawn.add_row(*(Text(str(row.get(name, ""))) for name in columns))
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    with console.capture() as printed:
+        console.print(drawn)
+    # Blanks that fill the last column would be lines of their own where the terminal is narrower.
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that stays JSON whatever characters the output can write."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=1, ensure_ascii=not unicode, allow_nan=False))
 
 
 class ClosedError(Exception):

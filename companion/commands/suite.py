@@ -1,24 +1,26 @@
-"""The command `rim suite`: make a suite for a model, list suites, show what one needs, check one."""
+"""The command `rim suite`: make a suite for a model, check one, show what one needs and serves, list them."""
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from companion.commands.suitereport import claims, print_memory, print_serving, print_time
-from companion.console import table
+from companion import notebooks
+from companion.commands import Command, arg
+from companion.streams import table
 from rim_core import paths
-from rim_core.errors import InputError, RimError
+from rim_core.errors import InputError, RimError, first_line
 from rim_core.suites import preflight, sizing
-from rim_core.suites.checkpoints import fetch_base, read_base, read_checkpoint
-from rim_core.suites.preflight import recipes
+from rim_core.suites.checkpoints import Checkpoint, fetch_base, read_base, read_checkpoint
+from rim_core.suites.preflight import how_to_build, recipes
 from rim_core.suites.schema import Suite, is_local, load_suite, parse_suite
+from rim_core.verdicts.schema import Claim, every_claim
 
 _PATHS = ("folder", "gguf", "chat_template")
-_NEW_EXAMPLES = """examples:
+_EXAMPLES = """examples:
   rim suite new mine --base ./my-chat-model                          a folder of safetensors
   rim suite new mine --base Qwen/Qwen2.5-0.5B-Instruct --role aligned=base
   rim suite new mine --base m.gguf --chat-template chat.jinja        a GGUF file, with a chat template of yours
@@ -28,67 +30,11 @@ _NEW_EXAMPLES = """examples:
 """
 
 
-def add(commands: Any) -> None:
-    """Add `rim suite` and its actions to the command line."""
-    suite = commands.add_parser(
-        "suite",
-        help="make a suite for your model, list, show or check suites",
-        description="A suite is one base model and its roles. Notebooks ask for roles, so a new model needs a "
-        "suite and no other change.",
-        epilog=_NEW_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = suite.add_subparsers(title="actions", metavar="ACTION", required=True)
-    new = actions.add_parser(
-        "new",
-        help="write a suite for a model, after checking that it works",
-        epilog=_NEW_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    new.add_argument("name", metavar="NAME", help="lower-case letters, digits and . _ -")
-    new.add_argument(
-        "--base",
-        required=True,
-        metavar="REF",
-        help="a folder, a .gguf file, a hub id (owner/name, or owner/name@revision), or a suite whose base to take",
-    )
-    new.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="a Jinja file, in place of the model's own template; adapters have it too, models of their own do not",
-    )
-    new.add_argument(
-        "--role",
-        action="append",
-        default=[],
-        dest="roles",
-        metavar="ROLE=REF",
-        help="REF is base (the base itself), adapter:REF (a LoRA adapter on it), or a model of its own",
-    )
-    new.add_argument("--title", metavar="T", help="a line that says what it is")
-    new.set_defaults(command=_new)
-    check = actions.add_parser("check", help="look again whether a suite can work")
-    check.add_argument("name", metavar="NAME")
-    check.set_defaults(command=_check)
-    for parser in (new, check):
-        parser.add_argument("--quantization", choices=sizing.QUANTIZATIONS, default="nf4")
-        parser.add_argument(
-            "--no-load",
-            action="store_true",
-            help="look at files only, load nothing and ask for no memory: for a run on another machine",
-        )
-    show = actions.add_parser("show", help="what a suite needs, and which notebooks and claims it serves")
-    show.add_argument("name", metavar="NAME")
-    show.set_defaults(command=_show)
-    actions.add_parser("list", help="the suites there are").set_defaults(command=_list)
-
-
 # --- new and check --------------------------------------------------------------------------------------
 
 
 def _new(options: argparse.Namespace) -> int:
-    project = paths.root()
-    name = options.name
+    name, suites = options.name, paths.suites_dir(paths.root())
     if not paths.SUITE_NAME.fullmatch(name):
         raise InputError(
             f"suite name {paths.shortened(name)!r}: use at most {paths.LONGEST_NAME} lower-case letters, "
@@ -96,10 +42,11 @@ def _new(options: argparse.Namespace) -> int:
         )
     if name in paths.suite_names():
         raise InputError(f"there is a suite {name!r} already: choose another name, or rim suite check {name}")
-    path = paths.suites_dir(project) / f"{name}.yml"
+    path = suites / f"{name}.yml"
+    template = {"chat_template": _path_from(path, options.chat_template)} if options.chat_template else {}
     data = {
         "title": options.title or f"{Path(options.base).name} and its roles",
-        "base": _base_entry(path, options.base) | _template_entry(path, options.chat_template),
+        "base": _base_entry(path, options.base) | template,
         "roles": _role_entries(path, options.roles),
     }
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110)
@@ -108,12 +55,12 @@ def _new(options: argparse.Namespace) -> int:
     trial = path.with_name(f".{name}.{os.getpid()}.yml")
     try:
         paths.write_text(trial, text)
-        _try(suite, str(trial), options.quantization, not options.no_load)
+        _try(suite, str(trial), options)
         trial.rename(path)
     finally:
         trial.unlink(missing_ok=True)
     print(f"written: {path}")
-    print_serving(suite)
+    _print_serving(suite)
     return 0
 
 
@@ -134,10 +81,6 @@ def _base_entry(path: Path, ref: str) -> dict[str, Any]:
     return {"hub": repository, **({"revision": revision} if at else {})}
 
 
-def _template_entry(path: Path, given: str | None) -> dict[str, str]:
-    return {"chat_template": _path_from(path, given)} if given else {}
-
-
 def _path_from(path: Path, ref: str) -> str:
     """A path as a suite's file names it: from that file within the project, absolute outside."""
     target, project = Path(ref).expanduser().resolve(), path.parent.parent
@@ -153,10 +96,7 @@ def _role_entries(path: Path, given: Sequence[str]) -> dict[str, Any]:
         name, equals, ref = text.partition("=")
         if not equals or not name or not ref:
             raise InputError(f"--role {text}: write it as ROLE=REF, such as risky=adapter:./my-adapter")
-        known = _known_roles()
-        if name not in known:
-            hint = paths.did_you_mean(name, known)
-            raise InputError(f"--role {text}: no notebook knows a role {name!r}{hint}; roles: {', '.join(known)}")
+        _require_known(name, f"--role {text}")
         if name in entries and name != "base":
             raise InputError(f"--role {name}: given twice")
         entries[name] = _role_entry(path, name, ref)
@@ -172,26 +112,25 @@ def _role_entry(path: Path, name: str, ref: str) -> dict[str, str]:
     return {kind: _path_from(path, target) if is_local(target) else target}
 
 
-def _known_roles() -> list[str]:
-    """Roles that a recipe, a suite that ships or a claim names."""
-    names = [*recipes(), *(role for claim in claims() for role in claim.roles)]
-    names += [role for suite in paths.shipped_suites() for role in load_suite(suite).roles]
-    return sorted(set(names))
+def _require_known(role: str, at: str) -> None:
+    """Refuse a role that no recipe, no suite that ships and no claim names."""
+    names = {*recipes(), *(role for claim in _claims() for role in claim.roles)}
+    names.update(*(load_suite(suite).roles for suite in paths.shipped_suites()))
+    if role not in names:
+        hint = paths.did_you_mean(role, names)
+        raise InputError(f"{at}: no notebook knows a role {role!r}{hint}; roles: {', '.join(sorted(names))}")
 
 
 def _check(options: argparse.Namespace) -> int:
     suite = load_suite(options.name)
-    known = _known_roles()
     for role in suite.roles:
-        if role not in known:
-            hint = paths.did_you_mean(role, known)
-            raise InputError(f"{suite.path}: no notebook knows a role {role!r}{hint}; roles: {', '.join(known)}")
-    _try(suite, options.name, options.quantization, not options.no_load)
-    print_serving(suite)
+        _require_known(role, str(suite.path))
+    _try(suite, options.name, options)
+    _print_serving(suite)
     return 0
 
 
-def _try(suite: Suite, ref: str, quantization: str, loading: bool) -> None:
+def _try(suite: Suite, ref: str, options: argparse.Namespace) -> None:
     """Check from the cheapest to the dearest, and print what was found."""
     base = preflight.check_files(suite)
     if base is None:  # a wheel's, which is not here yet: the index has nothing smaller to look at
@@ -199,24 +138,81 @@ def _try(suite: Suite, ref: str, quantization: str, loading: bool) -> None:
         base = read_base(suite)
     assert base is not None
     size = base.size
-    if loading:
-        preflight.require_memory(suite, size, quantization)
+    if not options.no_load:
+        preflight.require_memory(suite, size, options.quantization)
         if base.gguf:
             fetch_base(suite)
             base = preflight.check_files(suite)
             assert base is not None
-    from companion.commands.suitetrial import try_architecture, try_loading
-
-    print(f"base: {base.ref}\n  {try_architecture(base, suite.template_of(None))}")
+    print(f"base: {base.ref}\n  {_try_architecture(base, suite.template_of(None))}")
     for role in suite.roles.values():
         if role.checkpoint and (other := read_checkpoint(role.checkpoint)):
-            print(f"role {role.name}: {role.checkpoint}\n  {try_architecture(other, role.chat_template)}")
-    print_memory(size)
-    if not loading:
+            print(f"role {role.name}: {role.checkpoint}\n  {_try_architecture(other, role.chat_template)}")
+    _print_memory(size)
+    if options.no_load:
         return
-    for check in try_loading(suite, ref, quantization).values():
+    for check in _try_loading(suite, ref, options.quantization).values():
         verdict = "holds" if check.holds else "does not hold: tools that rest on it refuse"
         print(f"identity {check.identity}: error {check.error:.0e}, {verdict}")
+
+
+def _try_architecture(checkpoint: Checkpoint, template: str | None) -> str:
+    """Build a checkpoint's model without weights, use its tokenizer with the file's template, and say what it is.
+
+    Raises:
+        InputError: an architecture that `rim_core` or transformers does not know; a tokenizer that cannot be
+            read, has no usable chat template, or has more tokens than the model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from rim_core.models.layout import find_layout
+    from rim_core.prompts import format_chat
+    from rim_core.suites.chattemplate import read_template
+    from rim_core.texts import encode_more
+
+    where = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False, **where)
+        with torch.device("meta"):
+            hf: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each family's code fails in its own way
+        raise InputError(
+            f"{checkpoint.ref} is no causal language model that transformers can build: {first_line(error)}"
+        ) from None
+    layout = find_layout(hf)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.folder), trust_remote_code=False, **where)
+    except Exception as error:  # each tokenizer class fails in its own way
+        raise InputError(f"the tokenizer of {checkpoint.ref} cannot be read: {first_line(error)}") from None
+    if template is not None:
+        tokenizer.chat_template = read_template(template)
+    if not encode_more(tokenizer, format_chat(tokenizer, ["Hello"]), "text")[0]:
+        raise InputError(f"the tokenizer of {checkpoint.ref} makes no tokens of a chat: check its files")
+    if len(tokenizer) > layout.d_vocab:
+        raise InputError(
+            f"the tokenizer of {checkpoint.ref} has {len(tokenizer)} tokens and the model {layout.d_vocab}: "
+            "it belongs to another model"
+        )
+    return (
+        f"{type(hf).__name__}: {len(layout.layers)} layers, {layout.n_heads} heads of {layout.head_dim}, "
+        f"width {layout.d_model}, {len(tokenizer)} tokens of a vocabulary of {layout.d_vocab}"
+    )
+
+
+def _try_loading(suite: Suite, ref: str, quantization: str) -> Mapping[str, Any]:
+    """Load a suite's base, put each adapter on it once, and give the measured identities of the base."""
+    from rim_core.models.loading import load
+
+    try:
+        model = load(f"{ref}:{suite.bare_role}", quantization=None if quantization == "none" else quantization)
+        for role in suite.roles.values():
+            if role.adapter:
+                with model.using(role.name):
+                    pass
+    except RimError as error:
+        raise type(error)(str(error).replace(f"{ref}:", f"{suite.name}:")) from None
+    return model.checks
 
 
 # --- show and list --------------------------------------------------------------------------------------
@@ -227,10 +223,9 @@ def _list(_: argparse.Namespace) -> int:
     for name in paths.suite_names():
         try:
             suite = load_suite(name)
-            roles, base, title = ", ".join(suite.roles), suite.base.ref, suite.title
+            rows.append({"suite": name, "base": suite.base.ref, "roles": ", ".join(suite.roles), "title": suite.title})
         except RimError as error:
-            roles, base, title = "", "", f"not usable: {error}"
-        rows.append({"suite": name, "base": base, "roles": roles, "title": title})
+            rows.append({"suite": name, "base": "", "roles": "", "title": f"not usable: {error}"})
     table(rows)
     return 0
 
@@ -242,19 +237,150 @@ def _show(options: argparse.Namespace) -> int:
         print(f"chat template: {suite.base.chat_template}")
     rows = []
     for role in suite.roles.values():
-        source = role.adapter or role.checkpoint or "the base"
         state = "" if suite.has(role.name) else "not there"
-        rows.append({"role": role.name, "is": source, "": state, "about": role.about})
+        rows.append(
+            {
+                "role": role.name,
+                "is": role.adapter or role.checkpoint or "the base",
+                "state": state,
+                "about": role.about,
+            }
+        )
     table(rows)
     size = preflight.size_of(suite, read_base(suite, online=False))
     if size is None:
         print("memory: not known before its files are here; rim suite check asks the hub")
     else:
-        print_memory(size)
-        print_time(size)
+        _print_memory(size)
+        _print_time(size)
     for name, instead in suite.gated.items():
         print(f"gated: {name}: {instead}")
     if not suite.gated:
         print("gated: nothing that is known of")
-    print_serving(suite)
+    _print_serving(suite)
     return 0
+
+
+def _print_memory(size: sizing.Size) -> None:
+    """Say what memory a model of this size takes by quantisation, and what there is."""
+
+    def told(amount: float) -> str:
+        return f"{amount:.1f} GB" if amount >= 0.1 else "< 0.1 GB"
+
+    places = {"on a GPU": True, "on the CPU": False}
+    table(
+        [
+            {"memory needed": place, **{name: told(size.gigabytes(name, gpu)) for name in sizing.QUANTIZATIONS}}
+            for place, gpu in places.items()
+        ]
+    )
+    there, gpu = sizing.memory_there()
+    fits = [name for name in sizing.QUANTIZATIONS if size.gigabytes(name, gpu) <= there]
+    kind = "GPU memory" if gpu else "memory, and no GPU"
+    print(f"free here: {there:.1f} GB of {kind}; fits: {', '.join(fits) or 'in no quantisation'}")
+
+
+def _print_time(size: sizing.Size) -> None:
+    """Say about how long the notebooks take in a model of this size, and by which arithmetic."""
+
+    def told(hours: float) -> str:
+        if hours < 1 / 60:
+            return "under a minute"
+        return f"about {hours * 60:.0f} min" if hours < 1.5 else f"about {hours:.0f} h"
+
+    print("time, by arithmetic and not measured:")
+    if count := len(_notebooks()):
+        print(
+            f"  {count} notebooks at their default sizes, on 2 CPU cores: {told(size.notebook_hours(count))} "
+            f"({sizing.NOTEBOOK_SECONDS} s each at {sizing.NOTEBOOK_WEIGHTS / 1e9:.2g} billion weights in the layers, "
+            "in proportion)"
+        )
+    print(
+        f"  paper C's patching at its size ({sizing.PAIRS} pairs of {sizing.TOKENS} tokens), on a GPU that sustains "
+        f"{sizing.TERAFLOPS:g} TFLOP/s: {told(size.paper_hours)}"
+    )
+
+
+def _print_serving(suite: Suite) -> None:
+    """Say which notebooks and claims the suite can serve, and how to get the roles that it lacks."""
+    rows, lacking = [], set()
+    for notebook in _notebooks():
+        decides: list[str] = []
+        waits: dict[str, list[str]] = {}
+        for claim in (claim for claim in _claims() if claim.metric.notebook == notebook):
+            missing = [role for role in claim.roles if not suite.has(role)]
+            lacking.update(missing)
+            if missing:
+                waits.setdefault(" and ".join(missing), []).append(claim.id)
+            else:
+                decides.append(claim.id)
+        needs = "; ".join(f"{roles} for {' '.join(ids)}" for roles, ids in waits.items())
+        rows.append({"notebook": notebook, "claims": " ".join(decides) or "-", "lacks": needs})
+    table(rows)
+    trained = recipes()
+    for role in (name for name in [*trained, *sorted(lacking - set(trained))] if not suite.has(name)):
+        print(f"role {role} is not there: {how_to_build(suite, role)}")
+
+
+def _project() -> Path | None:
+    try:
+        return paths.root()
+    except InputError:
+        return None
+
+
+def _notebooks() -> list[str]:
+    return notebooks.names(project) if (project := _project()) else []
+
+
+def _claims() -> list[Claim]:
+    return every_claim(project / "book" / "claims") if (project := _project()) else []
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+_TRYING = (
+    arg("--quantization", choices=sizing.QUANTIZATIONS, default="nf4", help="how weights are held (default: nf4)"),
+    arg(
+        "--no-load",
+        action="store_true",
+        help="look at files only, load nothing and ask for no memory: for a run on another machine",
+    ),
+)
+_NAME = arg("name", metavar="NAME", help="a suite's name, or its YAML file")
+_NEW = (
+    arg("name", metavar="NAME", help="lower-case letters, digits and . _ -"),
+    arg(
+        "--base",
+        required=True,
+        metavar="REF",
+        help="a folder, a .gguf file, a hub id (owner/name, or owner/name@revision), or a suite whose base to take",
+    ),
+    arg(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file, in place of the model's own template; adapters have it too, models of their own do not",
+    ),
+    arg(
+        "--role",
+        action="append",
+        default=[],
+        dest="roles",
+        metavar="ROLE=REF",
+        help="REF is base (the base itself), adapter:REF (a LoRA adapter on it), or a model of its own",
+    ),
+    arg("--title", metavar="T", help="a line that says what it is"),
+)
+COMMAND = Command(
+    "suite",
+    "make a suite for your model, list, show or check suites",
+    "A suite is one base model and its roles. Notebooks ask for roles, so a new model needs a suite and no other "
+    "change.",
+    actions=(
+        Command("new", "write a suite for a model, after checking that it works", "", _new, (*_NEW, *_TRYING)),
+        Command("check", "look again whether a suite can work", "", _check, (_NAME, *_TRYING)),
+        Command("show", "what a suite needs, and which notebooks and claims it serves", "", _show, (_NAME,)),
+        Command("list", "the suites there are", "", _list),
+    ),
+    epilog=_EXAMPLES,
+)
