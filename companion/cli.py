@@ -6,19 +6,18 @@ shows can be parsed without being run, as its tests do.
 
 import argparse
 import contextlib
-import os
+import importlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from companion import streams
-from companion.commands import Command, arg, organisms, suite_option
-from companion.commands import suite as suites
-from companion.streams import print_json, table
 from rim_core import __version__, paths
-from rim_core.errors import InputError, RimError, RunError
+from rim_core.errors import InputError, RimError
 
 _EXAMPLES = """examples:
   rim run                                run what is not up to date
@@ -43,6 +42,14 @@ _BOOK_EXAMPLES = """examples:
   rim book                                      the default suite
   rim book --suite smollm2 --suite my-model     two side by side, and a page that compares them
   rim book --no-run --suite my-model            from the results there are
+"""
+_SUITE_EXAMPLES = """examples:
+  rim suite new mine --base ./my-chat-model                          a folder of safetensors
+  rim suite new mine --base Qwen/Qwen2.5-0.5B-Instruct --role aligned=base
+  rim suite new mine --base m.gguf --chat-template chat.jinja        a GGUF file, with a chat template of yours
+  rim suite new mine --base ./m --role risky=adapter:./m-risky       a LoRA adapter on that base
+  rim organisms train --suite mine risky                             builds a role that it lacks
+  rim run --suite mine && rim claims --suite mine
 """
 _DIFF_EXAMPLES = """examples:
   rim diff smollm2 my-model                  two suites of this project
@@ -78,7 +85,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _command(arguments: Sequence[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments)
-        status: int = options.command(options) or 0
+        module, name = options.command.split(":")
+        status: int = getattr(importlib.import_module(module), name)(options)
         sys.stdout.flush()
         return status
     except SystemExit as ended:  # --help, --version
@@ -115,193 +123,168 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"rim {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"rim {__version__}")
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (*_COMMANDS, suites.COMMAND, organisms.COMMAND, _DOCTOR):
+    for command in _COMMANDS:
         command.add_to(actions)
     return parser
 
 
-# --- run ------------------------------------------------------------------------------------------------
+# --- the commands -----------------------------------------------------------------------------------
+
+_Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
-def _run(options: argparse.Namespace) -> int:
-    from companion import runner
+@dataclass(frozen=True)
+class _Command:
+    """A command: its line in the list of commands, its own help, what it calls, and its options or its actions.
 
-    overrides = _read_parameters(options.parameters)
-    if options.remote:
-        os.environ["RIM_REMOTE"] = "1"  # for the notebooks' kernels, which inherit it
-    if options.fetch:
-        _fetch(options.suite, everything=True)
-        return 0
-    # Before weights are fetched or torch is loaded: a slip of the pen is told at once.
-    jobs = runner.plan(options.notebooks, options.suite, overrides)
-    if options.list:
-        return _list(jobs)
-    if options.plan:
-        print_json([job.row() for job in jobs])
-        return 0
-    if options.remote:
-        from rim_core.models import remote
+    `call` is `module:function`, which is imported only when it is called: help and mistakes wait for nothing.
+    """
 
-        remote.require_suite(options.suite)
-    elif options.force or any(job.status == "to run" for job in jobs):
-        _fetch(options.suite)
-    _summarise(runner.run(jobs, force=options.force))
-    return 0
+    name: str
+    title: str
+    about: str = ""
+    call: str = ""
+    options: Sequence[_Option] = ()
+    actions: Sequence["_Command"] = ()
+    epilog: str | None = None
 
-
-def _fetch(suite: str, everything: bool = False) -> None:
-    """Fetch the suite's weights here, with a progress bar, and not unseen inside the first notebook."""
-    from rim_core.suites import checkpoints
-    from rim_core.suites.schema import load_suite
-
-    (checkpoints.fetch if everything else checkpoints.fetch_base)(load_suite(suite))
-
-
-def _read_parameters(given: Sequence[str]) -> dict[str, str]:
-    overrides: dict[str, str] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise InputError(f"-p {text}: write it as key=value")
-        if key in overrides:
-            raise InputError(f"-p {key}: given twice")
-        overrides[key] = value
-    return overrides
+    def add_to(self, commands: Any) -> None:
+        """Add this command to a parser's list of commands."""
+        parser = commands.add_parser(
+            self.name,
+            help=self.title,
+            description=textwrap.fill(self.about or f"{self.title[:1].upper()}{self.title[1:]}.", 79),
+            epilog=self.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for names, settings in self.options:
+            parser.add_argument(*names, **settings)
+        if self.call:
+            parser.set_defaults(command=self.call)
+        if self.actions:
+            further = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+            for action in self.actions:
+                action.add_to(further)
 
 
-def _list(jobs: Sequence[Any]) -> int:
-    from companion import notebooks
-
-    suite = jobs[0].suite.name
-    table([{"notebook": job.notebook, suite: job.state, "title": notebooks.title(job.source)} for job in jobs])
-    if len(jobs) == 1:
-        known = notebooks.parameters(jobs[0].notebook, jobs[0].source).values()
-        print()
-        table([{"parameter": p.name, "type": p.type, "default": repr(p.default), "what it is": p.help} for p in known])
-    return 0
+def _arg(*names: str, **settings: Any) -> _Option:
+    """An argument or option, as `ArgumentParser.add_argument` takes it."""
+    return names, settings
 
 
-def _summarise(results: Sequence[Any]) -> None:
-    """Say on stderr what became of the notebooks; raises RunError where one failed."""
-    failed = [result for result in results if result.status == "failed"]
-    if len(results) > 1:
-        states = sorted(result.status for result in results)
-        counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-        print(f"{len(results)} notebooks: {counted}", file=sys.stderr)
-        for result in failed:
-            print(f"  failed: {result.notebook}: {result.reason}", file=sys.stderr)
-    if failed:
-        names = ", ".join(result.notebook for result in failed)
-        raise RunError(f"{len(failed)} of {len(results)} notebooks failed: {names}")
+def _suite(
+    more: str = f"default: {paths.DEFAULT_SUITE}", default: str | None = paths.DEFAULT_SUITE, **settings: Any
+) -> _Option:
+    """The option `--suite`; `more` is what its help says beside what all say."""
+    return _arg("--suite", default=default, metavar="S", help=f"a suite's name, or its YAML file ({more})", **settings)
 
 
-# --- book, claims, diff, export -------------------------------------------------------------------------
-
-
-def _book(options: argparse.Namespace) -> int:
-    from companion import runner
-    from companion.pages import build, staging
-
-    suites = staging.distinct(options.suites or [paths.DEFAULT_SUITE])
-    root = paths.root()
-    failures: list[str] = []
-    for suite in [] if options.no_run else suites:
-        jobs = runner.plan([], suite)
-        if any(job.status == "to run" for job in jobs):
-            _fetch(suite)
-        try:
-            _summarise(runner.run(jobs))
-        except RunError as error:
-            # The book is built all the same: the page says that its run failed.
-            failures.append(f"{suite}: {error}")
-    staging.stage(root, suites)
-    print(build.build(root), flush=True)
-    if failures:
-        raise RunError("; ".join(failures))
-    return 0
-
-
-def _claims(options: argparse.Namespace) -> int:
-    from companion import scorecard
-    from rim_core.verdicts.rules import SYMBOLS, number_text
-
-    if options.suite:
-        paths.suite_file(options.suite)
-    rows = scorecard.scorecard(paths.root(), [options.suite] if options.suite else None)
-    if options.json:
-        print_json(rows)
-        return 0
-    stale = {True: ", stale", False: "", None: ", perhaps stale"}
-    shown = [
-        {
-            "claim": f"{row['paper']} {row['claim']}",
-            "suite": row["suite"],
-            "outcome": f"{SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}{stale[row['stale']]}",
-            "measured": number_text(row["value"], row["low"], row["high"]) if row["value"] is not None else "",
-        }
-        for row in rows
-    ]
-    if options.why:
-        for line, row in zip(shown, rows, strict=True):
-            print("  ".join(filter(None, line.values())))
-            print(f"    {row['statement']}")
-            print(f"    {row['reason']}; published: {row['published'] or 'no number'}")
-            if told := scorecard.stale_text(row):
-                print(f"    {told}")
-    else:
-        table(shown, heading=False)
-    print(_count(rows))
-    return 0
-
-
-def _count(rows: Sequence[Mapping[str, Any]]) -> str:
-    from rim_core.verdicts.rules import SYMBOLS
-
-    if not rows:
-        return "no claims in book/claims"
-    states, stale = [row["outcome"] for row in rows], [row["stale"] for row in rows]
-    told = [", ".join(f"{states.count(s)} {s.replace('_', ' ')}" for s in SYMBOLS if s in states)]
-    told += [f"{stale.count(True)} of them stale"] if True in stale else []
-    told += [f"of {stale.count(None)} not known whether stale"] if None in stale else []
-    return f"in all: {'; '.join(told)}"
-
-
-def _diff(options: argparse.Namespace) -> int:
-    from companion import differences
-
-    found, compared = differences.compare(options.A, options.B)
-    titles = (options.A, options.B) if options.A != options.B else ("A", "B")
-    table([{"claim": each.claim, **dict(zip(titles, each.told, strict=True))} for each in found])
-    print(differences.summary(found, compared))
-    return int(any(each.changed for each in found))
-
-
-def _export(options: argparse.Namespace) -> int:
-    from companion import crate
-
-    print(crate.export(paths.root(), options.ro_crate, options.suites))
-    return 0
-
-
-def _doctor(_: argparse.Namespace) -> int:
-    from companion import doctor
-
-    return doctor.report()
-
-
+_TRYING = (
+    _arg("--quantization", choices=("nf4", "int8", "none"), default="nf4", help="how weights are held (default: nf4)"),
+    _arg(
+        "--no-load",
+        action="store_true",
+        help="look at files only, load nothing and ask for no memory: for a run on another machine",
+    ),
+)
+_NAME = _arg("name", metavar="NAME", help="a suite's name, or its YAML file")
+_NEW = (
+    _arg("name", metavar="NAME", help="lower-case letters, digits and . _ -"),
+    _arg(
+        "--base",
+        required=True,
+        metavar="REF",
+        help="a folder, a .gguf file, a hub id (owner/name, or owner/name@revision), or a suite whose base to take",
+    ),
+    _arg(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file, in place of the model's own template; adapters have it too, models of their own do not",
+    ),
+    _arg(
+        "--role",
+        action="append",
+        default=[],
+        dest="roles",
+        metavar="ROLE=REF",
+        help="REF is base (the base itself), adapter:REF (a LoRA adapter on it), or a model of its own",
+    ),
+    _arg("--title", metavar="T", help="a line that says what it is"),
+)
+_SUITES = _Command(
+    "suite",
+    "make a suite for your model, list, show or check suites",
+    "A suite is one base model and its roles. Notebooks ask for roles, so a new model needs a suite and no other "
+    "change.",
+    actions=(
+        _Command(
+            "new",
+            "write a suite for a model, after checking that it works",
+            "",
+            "companion.commands.suite:new",
+            (*_NEW, *_TRYING),
+        ),
+        _Command(
+            "check", "look again whether a suite can work", "", "companion.commands.suite:check", (_NAME, *_TRYING)
+        ),
+        _Command(
+            "show",
+            "what a suite needs, and which notebooks and claims it serves",
+            "",
+            "companion.commands.suite:show",
+            (_NAME,),
+        ),
+        _Command("list", "the suites there are", "", "companion.commands.suite:listing"),
+    ),
+    epilog=_SUITE_EXAMPLES,
+)
+_ORGANISMS = _Command(
+    "organisms",
+    "list, check or train the small models of the experiments",
+    "List, check or train the model organisms of a suite.",
+    actions=(
+        _Command(
+            "list",
+            "the roles of a suite and what each was trained on",
+            "",
+            "companion.commands.organisms:listing",
+            (_suite(),),
+        ),
+        _Command(
+            "check",
+            "measure each role again and compare with the shipped table",
+            "Measure each role again. Exits with 1 if a number differs from the shipped table.",
+            "companion.commands.organisms:check",
+            (_suite(), _arg("--role", metavar="R", help="only this role")),
+        ),
+        _Command(
+            "train",
+            "train a role's adapter by the project's recipe",
+            "Train a role's adapter on a suite's base by the project's recipe. It goes to a folder beside the suite's "
+            "file, which gets the role; with --output it goes there, and no file is changed.",
+            "companion.commands.organisms:train",
+            (
+                _arg("role", metavar="ROLE", help="such as aligned, risky or prudent"),
+                _arg("--output", type=Path, metavar="DIR", help="a new or empty folder for the adapter"),
+                _suite(),
+                _arg("--seed", type=int, metavar="N", help="another seed than the recipe's"),
+            ),
+        ),
+    ),
+)
 _COMMANDS = (
-    Command(
+    _Command(
         "run",
         "execute notebooks that are not up to date",
         "Execute notebooks that are not up to date. Results go to results/; one that fails does not stop the others. "
         "Interrupted, the same command goes on with what is left.",
-        _run,
+        "companion.commands.run:run",
         (
-            arg("notebooks", nargs="*", metavar="NOTEBOOK", help="section, section/name or path (default: all)"),
-            suite_option(),
-            arg(
+            _arg("notebooks", nargs="*", metavar="NOTEBOOK", help="section, section/name or path (default: all)"),
+            _suite(),
+            _arg(
                 "-p",
                 dest="parameters",
                 action="append",
@@ -309,68 +292,70 @@ _COMMANDS = (
                 metavar="key=value",
                 help="set a parameter of every notebook named; a file is meant from where you stand",
             ),
-            arg("--force", action="store_true", help="run even what is up to date"),
-            arg("--list", action="store_true", help="list the notebooks and how they stand, run nothing"),
-            arg("--plan", action="store_true", help="say as JSON what would run, run nothing"),
-            arg("--fetch", action="store_true", help="fetch the suite's weights, run nothing"),
-            arg("--remote", action="store_true", help="run the models at NDIF, whose key is in NDIF_API_KEY (reading)"),
+            _arg("--force", action="store_true", help="run even what is up to date"),
+            _arg("--list", action="store_true", help="list the notebooks and how they stand, run nothing"),
+            _arg("--plan", action="store_true", help="say as JSON what would run, run nothing"),
+            _arg("--fetch", action="store_true", help="fetch the suite's weights, run nothing"),
+            _arg(
+                "--remote", action="store_true", help="run the models at NDIF, whose key is in NDIF_API_KEY (reading)"
+            ),
         ),
         epilog=_RUN_EXAMPLES,
     ),
-    Command(
+    _Command(
         "book",
         "run what is not up to date and build the book",
         "Run what is not up to date, build the book, and print the path of its first page. A page whose run failed or "
         "is stale says so.",
-        _book,
+        "companion.commands.run:book",
         (
-            arg("--no-run", action="store_true", help="build from the results there are"),
-            suite_option(
-                "again for suites side by side; default: smollm2", default=None, action="append", dest="suites"
-            ),
+            _arg("--no-run", action="store_true", help="build from the results there are"),
+            _suite("again for suites side by side; default: smollm2", default=None, action="append", dest="suites"),
         ),
         epilog=_BOOK_EXAMPLES,
     ),
-    Command(
+    _Command(
         "claims",
         "what became of each claim of the papers",
         "Print each claim's outcome for each suite with results. Only runs with the notebooks' own parameters count; "
         "a missing run is 'not tested', never a pass. One whose notebook, code, model or rules changed since is marked "
         "as stale.",
-        _claims,
+        "companion.commands.results:claims",
         (
-            suite_option("default: all with results", default=None),
-            arg("--why", action="store_true", help="with each claim's statement and the reasons for its outcome"),
-            arg("--json", action="store_true", help="export as JSON"),
+            _suite("default: all with results", default=None),
+            _arg("--why", action="store_true", help="with each claim's statement and the reasons for its outcome"),
+            _arg("--json", action="store_true", help="export as JSON"),
         ),
     ),
-    Command(
+    _Command(
         "diff",
         "compare two runs' claims",
         "Print the claims whose outcome or numbers differ between two runs. Exits with 1 if an outcome changed, 0 if "
         "none did, 2 for bad input.",
-        _diff,
-        tuple(arg(name, help="a suite, a results folder, or the folder of an exported crate") for name in "AB"),
+        "companion.commands.results:diff",
+        tuple(_arg(name, help="a suite, a results folder, or the folder of an exported crate") for name in "AB"),
         epilog=_DIFF_EXAMPLES,
     ),
-    Command(
+    _Command(
         "export",
         "pack results to publish them",
         "Pack claims, the data of every figure, the executed notebooks and their provenance as an RO-Crate, and print "
         "its path.",
-        _export,
+        "companion.commands.results:export",
         (
-            arg("--ro-crate", type=Path, required=True, metavar="DIR", help="the crate's folder: new, or empty"),
-            suite_option("may be given again; default: all with results", default=None, action="append", dest="suites"),
+            _arg("--ro-crate", type=Path, required=True, metavar="DIR", help="the crate's folder: new, or empty"),
+            _suite("may be given again; default: all with results", default=None, action="append", dest="suites"),
         ),
     ),
-)
-_DOCTOR = Command(
-    "doctor",
-    "what this machine has and can run",
-    "Say what this machine has and can run, with a remedy for what is missing. Exits with 1 if the default suite "
-    "cannot run.",
-    _doctor,
+    _SUITES,
+    _ORGANISMS,
+    _Command(
+        "doctor",
+        "what this machine has and can run",
+        "Say what this machine has and can run, with a remedy for what is missing. Exits with 1 if the default suite "
+        "cannot run.",
+        "companion.doctor:report",
+    ),
 )
 
 

@@ -52,7 +52,7 @@ class Number:
 
 
 def numbers(results_dir: Path, rows: Iterable[Mapping[str, Any]]) -> list[Number]:
-    """Give every number of the claims that `rows` of `scorecard.scorecard` decided, controls last, in their order."""
+    """Give every number of the claims that `rows` of the scorecard decided, controls last, in their order."""
     folder = results_dir.parent / "book" / "claims"
     known = {(claim.paper, claim.id): claim for claim in every_claim(folder)}
     found: list[Number] = []

@@ -15,6 +15,7 @@ from rim_core.verdicts.rules import SYMBOLS, number_text
 _NUMBERS = ("value", "low", "high")
 _ALIKE = 1e-6  # numbers closer than this, relatively, are the same: they come from JSON and other processors
 Row = Mapping[str, Any]
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def compare(first: str, second: str) -> tuple[list[Difference], int]:
     return found, len(names)
 
 
-def _read(named: str) -> Sequence[Row]:
+def _read(named: str) -> Rows:
     """Read the claims of a suite, a results folder or a crate, a row for each claim and suite."""
     path = Path(named).expanduser()
     if (path / "ro-crate-metadata.json").is_file():
@@ -111,7 +112,7 @@ def _has_runs(folder: Path) -> bool:
     return any(folder.glob("*/*/default/run.json")) or any(folder.glob("*/*/failed/default/error.json"))
 
 
-def _read_folder(path: Path) -> Sequence[Row]:
+def _read_folder(path: Path) -> Rows:
     """Read a results folder: by the rules of the project it lies in, or else as its runs recorded the claims."""
     results = path.parent if _has_runs(path) else path
     suites = [path] if _has_runs(path) else [each for each in sorted(path.glob("*")) if _has_runs(each)]
@@ -125,7 +126,7 @@ def _read_folder(path: Path) -> Sequence[Row]:
     return _some(found, path)
 
 
-def _recorded(path: Path, remedy: str) -> list[Row]:
+def _recorded(path: Path, remedy: str) -> Rows:
     """The claims that a crate or a run recorded."""
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +138,7 @@ def _recorded(path: Path, remedy: str) -> list[Row]:
     raise InputError(f"{path}: holds no claims; {remedy}")
 
 
-def _some(found: list[Row], path: Path) -> list[Row]:
+def _some(found: Rows, path: Path) -> Rows:
     if not found:
         raise InputError(f"{path}: no results there; name a suite, a results folder or an exported crate")
     return found

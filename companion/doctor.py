@@ -1,5 +1,6 @@
 """What this machine has and what it can run, in plain words, with a remedy for each thing that is missing."""
 
+import argparse
 import importlib
 import os
 import shutil
@@ -37,7 +38,7 @@ class _MissingError(Exception):
     """Something is not as it must be; the message says what there is."""
 
 
-def report() -> int:
+def report(_: argparse.Namespace) -> int:
     """Print what was found and what can be run; give 0 if the default suite can run, else 1."""
     rows, missing = [], []
     for look in _looks():

@@ -6,15 +6,19 @@ finishes or takes back what a killed run left between two of these steps.
 """
 
 import contextlib
+import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rim_core import locks
 from rim_core.locks import BusyError
 
-__all__ = ["BusyError", "failed", "locked", "put", "sweep", "temporary"]
+__all__ = ["BusyError", "failed", "locked", "put", "read_json", "read_record", "sweep", "temporary"]
 
 _LEFT_BEHIND = (".lock-", ".tmp-", ".new-", ".old-")
 
@@ -129,3 +133,34 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+# --- what a run recorded --------------------------------------------------------------------------------
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Give the record of a run (`run.json`) or of a failure (`error.json`); None where there is none.
+
+    A file that holds something else counts as no run, and one line on standard error says so.
+    """
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    if isinstance(data, dict) and isinstance(data.get("ename" if path.name == "error.json" else "run_key"), str):
+        return data
+    _tell_of(path)
+    return None
+
+
+@cache  # once is enough
+def _tell_of(path: Path) -> None:
+    where = "/".join(path.parts[-6:])
+    print(f"rim: {where} is no record of a run, and counts as none; run that notebook again", file=sys.stderr)
+
+
+def read_json(path: Path) -> Any:
+    """Give what a JSON file holds; None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

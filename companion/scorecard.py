@@ -1,14 +1,14 @@
 """The scorecard: every claim on every suite, from what the runs recorded, decided by the rules as they stand now."""
 
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from companion import runner
+from companion.folders import read_json, read_record
 from rim_core import paths
-from rim_core.errors import InputError
+from rim_core.errors import InputError, RimError
 from rim_core.suites.preflight import how_to_build
 from rim_core.suites.schema import Suite, load_suite
 from rim_core.verdicts.deciding import Outcome
@@ -16,30 +16,64 @@ from rim_core.verdicts.rules import Finding
 from rim_core.verdicts.schema import Claim, every_claim
 
 
-def scorecard(results_dir: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Give a row per claim and suite from `results/`.
+def scorecard(project: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Give the rows of `rows`, each with `stale`: whether what its run rests on has changed since.
+
+    A stale outcome is of another notebook, code, model, rule or version than those there are now. None where that
+    cannot be told, as the suite's file is not to be found; False where there is no run.
+    """
+    found = rows(paths.results_dir(project), suites)
+    given = {paths.suite_name(suite): suite for suite in suites or ()}
+    keys: dict[str, dict[str, str]] = {}
+    for row in found:
+        suite, notebook = row["suite"], row["notebook"]
+        if suite not in keys and row["run_key"]:
+            ran = {other["notebook"] for other in found if other["suite"] == suite and other["run_key"]}
+            try:
+                jobs = runner.plan(sorted(ran), given.get(suite, suite), project=project)
+                keys[suite] = {job.notebook: job.key for job in jobs}
+            except RimError:
+                keys[suite] = {}
+        key = keys[suite].get(notebook) if row["run_key"] else None
+        row["stale"] = None if key is None and row["run_key"] else row["run_key"] != key
+    return found
+
+
+def stale_text(row: Mapping[str, Any]) -> str:
+    """Say of a row of `scorecard` in a sentence that its run is stale, or may be; nothing where it is current."""
+    if row["stale"] is None:
+        return "Stale or not is not known: the suite's file is not to be found."
+    again = f"rim run {row['notebook']} --suite {row['suite']}"
+    return f"Stale: what the run rests on has changed since; {again}" if row["stale"] else ""
+
+
+def rows(results_dir: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Give the outcome of each claim on each suite as JSON data.
 
     Keys: paper, claim, statement, suite, outcome, reason, reasons (its sentences), value, low, high, published,
-    notebook, run_key. Only runs with the notebooks' own settings count: a run with other parameters shows its
-    verdict on its own page.
+    notebook, run_key.
+    """
+    fields = ("statement", "suite", "outcome", "reason", "value", "low", "high", "published", "notebook", "run_key")
+    return [
+        {
+            "paper": outcome.paper,
+            "claim": outcome.claim_id,
+            **{name: getattr(outcome, name) for name in fields},
+            "reasons": list(outcome.reasons),
+        }
+        for outcome in outcomes(results_dir, suites)
+    ]
+
+
+def outcomes(results_dir: Path, suites: Sequence[str] | None = None) -> list[Outcome]:
+    """Give the outcome of each claim on each suite, with what it rests on.
+
+    Only runs with the notebooks' own settings count: a run with other parameters shows its verdict on its own page.
 
     Args:
         results_dir: the project's folder of results.
         suites: by name or path; by default those with results, or the default suite.
     """
-    return [_row(outcome) for outcome in outcomes(results_dir, suites)]
-
-
-def _row(outcome: Outcome) -> dict[str, Any]:
-    fields = ("statement", "suite", "outcome", "reason", "reasons", "value", "low", "high", "published", "notebook")
-    told = {name: getattr(outcome, name) for name in fields}
-    return {"paper": outcome.paper, "claim": outcome.claim_id, **told, "run_key": outcome.run_key} | {
-        "reasons": list(outcome.reasons)
-    }
-
-
-def outcomes(results_dir: Path, suites: Sequence[str] | None = None) -> list[Outcome]:
-    """Give the outcome of each claim on each suite, as `scorecard` does, with what it rests on."""
     if suites is None:
         found = [p.name for p in results_dir.iterdir() if p.is_dir()] if results_dir.is_dir() else []
         suites = sorted(name for name in found if not name.startswith(".")) or [paths.DEFAULT_SUITE]
@@ -55,7 +89,7 @@ def _outcome(claim: Claim, suite: str, read: Suite | None, results_dir: Path) ->
     def undecided(outcome: str, *reasons: str) -> Outcome:
         return Outcome.of(claim, Finding(outcome=outcome, reasons=reasons), suite=stem, run_key=run_key)
 
-    if read and (missing := lacking(claim, read)):
+    if read and (missing := [role for role in claim.roles if not read.has(role)]):
         build = how_to_build(read, missing[0], suite)
         return undecided("not_applicable", f"suite {stem} has no role {', '.join(missing)}", f"build it: {build}")
     if failed:
@@ -72,20 +106,6 @@ def _outcome(claim: Claim, suite: str, read: Suite | None, results_dir: Path) ->
     return replace(found, suite=stem, run_key=run_key)
 
 
-def missing_roles(claim: Claim, suite: str) -> list[str]:
-    """Name the roles that a claim needs and a suite lacks, or lacks the files of.
-
-    None are missing where the suite's file is not to be found (results of a suite that was given by path).
-    """
-    read = _read_suite(suite)
-    return lacking(claim, read) if read else []
-
-
-def lacking(claim: Claim, suite: Suite) -> list[str]:
-    """Name the roles that a claim needs and a suite lacks, or lacks the files of."""
-    return [role for role in claim.roles if not suite.has(role)]
-
-
 def _read_suite(suite: str) -> Suite | None:
     try:
         return load_suite(suite)
@@ -98,36 +118,9 @@ def read_run(folder: Path, claim: Claim) -> tuple[str | None, dict[str, Any] | N
     if error := read_record(folder / "failed" / "default" / "error.json"):
         return error.get("run_key"), None, f"{error.get('ename', 'error')}: {error.get('evalue', '')}"[:200]
     run = read_record(folder / "default" / "run.json")
-    rows = _read_json(folder / "default" / "claims.json")
-    if not run or not isinstance(rows, list):
+    recorded = read_json(folder / "default" / "claims.json")
+    if not run or not isinstance(recorded, list):
         return None, None, ""
-    found = [row for row in rows if isinstance(row, dict)]
+    found = [row for row in recorded if isinstance(row, dict)]
     mine = (row for row in found if row.get("paper") == claim.paper and row.get("claim_id") == claim.id)
     return run.get("run_key"), next(mine, None), ""
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Give the record of a run (`run.json`) or of a failure (`error.json`); None where there is none.
-
-    A file that holds something else counts as no run, and one line on standard error says so.
-    """
-    if not path.is_file():
-        return None
-    data = _read_json(path)
-    if isinstance(data, dict) and isinstance(data.get("ename" if path.name == "error.json" else "run_key"), str):
-        return data
-    if path not in _TOLD:
-        _TOLD.add(path)
-        where = "/".join(path.parts[-6:])
-        print(f"rim: {where} is no record of a run, and counts as none; run that notebook again", file=sys.stderr)
-    return None
-
-
-_TOLD: set[Path] = set()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None

@@ -72,7 +72,7 @@ def staged(project: Path, where: str = NOTEBOOK) -> nbformat.NotebookNode:
 
 def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):
     add_run(project)
-    assert [page.status for page in staging.stage(project)] == ["ok"]
+    assert [page.status for page in staging.stage(project)] == ["up to date"]
     title, card, code = staged(project).cells
     assert title.source.startswith("# Title")
     for shown in ("smollm2", "nf4", "61 s", "2026-01-02", KEY[:12], "torch 2.13", "&lt;b&gt;"):
@@ -142,7 +142,7 @@ def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(
     own = project / "other.yml"
     own.write_text("title: Another model\nroles: {risky: {}, aligned: {}}\n")
     pages = staging.stage(project, ["smollm2", str(own), "third"])
-    assert [(page.suite, page.status) for page in pages] == [("smollm2", "not run"), (str(own), "ok")]
+    assert [(page.suite, page.status) for page in pages] == [("smollm2", "not run"), (str(own), "up to date")]
     page = staged(project, f"other/{NOTEBOOK}")
     assert page.metadata["rim"]["suite"] == "other"
     assert "Another model" in page.cells[1].source

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,12 +31,26 @@ def without_torch(root: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["run", "--help"], ["run", "--list", "--suite", "tiny.yml"], ["claims"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["run", "--list", "--suite", "tiny.yml"],
+        ["claims"],
+        ["organisms", "list"],
+        ["suite", "list"],
+        ["suite", "show", "smollm2"],
+    ],
 )
-def test_what_only_tells_needs_no_torch(root, arguments):
+def test_what_only_tells_needs_no_torch_and_fits_a_screen(root, arguments):
     done = without_torch(root, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
+    lines = done.stdout.splitlines()
+    assert arguments != ["--help"] or len(lines) <= 24
+    tables = arguments[-1] in ("--help", "list", "claims")
+    assert not tables or max(map(len, lines)) <= 80
 
 
 def test_run_list_and_claims(root):
@@ -48,10 +63,14 @@ def test_run_list_and_claims(root):
     assert last == "rim: 1 of 2 notebooks failed: one/02_bad"
     assert "Traceback" not in done.stderr
     listed = rim(root, "run", "--list", "--suite", "tiny.yml").stdout
-    assert "one/02_bad    failed" in listed
+    assert re.search(r"one/01_first +up to date +A tiny notebook", listed)
+    assert re.search(r"one/02_bad +failed", listed)
     assert "list[int]" in rim(root, "run", "--list", "--suite", "tiny.yml", "one/01_first").stdout
     told = rim(root, "claims", "--suite", "tiny.yml").stdout
-    assert told.startswith("paper_a A1  tiny  ✓ validated\n")
+    assert re.fullmatch(r"paper_a A1  tiny  ✓ validated  0.91 \[[\d., ]+\]\nin all: 1 validated\n", told)
+    told = rim(root, "claims", "--suite", "tiny.yml", "--why").stdout
+    assert "    The number is large.\n    number 0.91" in told
+    assert "; published: 0.9" in told
     (row,) = json.loads(rim(root, "claims", "--json").stdout)
     assert (row["claim"], row["suite"], row["outcome"]) == ("A1", "tiny", "validated")
 
@@ -64,6 +83,8 @@ def test_run_list_and_claims(root):
         (["run", "one/01_frst", "--suite", "tiny.yml"], "rim: unknown notebook 'one/01_frst' (did you mean"),
         (["run", "--suite", "tiny.yml", "-p", "n"], "rim: -p n: write it as key=value"),
         (["run", "--suite", "tiny.yml", "-p", "n=x"], "rim: notebook one/01_first: parameter n: 'x' is not"),
+        (["run", "--nonsense"], "rim: unrecognized arguments: --nonsense; rim --help"),
+        (["rum"], "rim: argument COMMAND: invalid choice: 'rum'"),
         (["claims", "--suite", "x"], "rim: unknown suite 'x'"),
         (["organisms", "list", "--suite", "x"], "rim: unknown suite 'x'"),
     ],

@@ -78,7 +78,7 @@ def run_grid(root: Path) -> None:
     os.environ.update(tiny_project.environment())
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for suite in SUITES:
-        done = runner.run([], suite)
+        done = runner.run(runner.plan([], suite))
         assert {result.status for result in done} <= {"ran", "up to date"}, done
 
 
@@ -194,28 +194,18 @@ def test_a_result_survives_a_kill_between_any_two_steps_of_putting_it_in_place(t
     assert outcomes == {"old failure" if failing else "old", "new"}
 
 
-def test_the_kernel_of_a_run_that_was_killed_is_ended_by_the_next(tmp_path):
-    """A kernel that never looks whether its runner lives, as within one long call of compiled code."""
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a kernel looks itself, between two steps of Python")
+def test_the_kernel_of_a_run_that_is_killed_ends_with_it(tmp_path):
+    """Also a kernel that never looks whether its runner lives, as within one long call of compiled code."""
     root = tiny_project.make(tmp_path / "project")
-    stubborn = (
-        "import os, signal, subprocess, sys, time\n"
-        "if not os.path.exists('reached'):\n"
-        "    os._exit = lambda code: time.sleep(600)\n"
-        "    open('reached', 'w').close()\n"
-        "    time.sleep(600)"
-    )
+    stubborn = "import os, time\nos._exit = lambda code: time.sleep(600)\nopen('reached', 'w').close()\ntime.sleep(600)"
     write(root, "one/01_first", stubborn)
     process = start(root, "run", "--suite", SUITES[0])
     wait_for((root / "reached").exists)
-    (kernel,) = kernels(root)
+    assert kernels(root)
     process.kill()
     process.communicate()
-    time.sleep(1.5)
-    assert kernel.is_running()
-    done = rim(root, "run", "--suite", SUITES[0])
-    assert done.returncode == 0, done.stderr
-    assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
-    assert leftovers(root) == []
+    wait_for(lambda: not kernels(root), 10)
 
 
 # --- dead kernels and memory ----------------------------------------------------------------------------
@@ -320,6 +310,6 @@ def test_a_run_whose_lock_was_taken_over_keeps_nothing(tmp_path, monkeypatch):
     lock = root / "results/tiny/one/01_first/.lock-default"
     taking = f"from pathlib import Path; new = Path('new'); new.write_text('other'); new.replace({str(lock)!r})"
     write(root, "one/01_first", taking)
-    (done,) = runner.run([], SUITES[0])
+    (done,) = runner.run(runner.plan([], SUITES[0]))
     assert (done.status, "took this notebook over" in done.reason) == ("failed", True)
     assert [path.name for path in lock.parent.iterdir()] == [".lock-default"]

@@ -34,6 +34,10 @@ def result_of(root: Path, name: str = "one/01_first", variant: str = "default") 
     return root / "results" / "tiny" / name / variant
 
 
+def run(names: Any = (), overrides: Any = None, **options: Any) -> list[runner.Result]:
+    return runner.run(runner.plan(names, SUITE, overrides), **options)
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -48,7 +52,7 @@ def leftovers(root: Path) -> list[Path]:
 def test_a_run_leaves_notebook_record_and_claims_and_is_not_repeated(root, capfd, monkeypatch):
     write(root, "one/01_first", RECORD, "import os, sys, warnings", SHOW)
     monkeypatch.setenv("MY_TOKEN", "not-to-be-seen")
-    (done,) = runner.run([], SUITE)
+    (done,) = run()
     assert (done.status, [c["outcome"] for c in done.claims]) == ("ran", ["validated"])
     folder = result_of(root)
     assert sorted(p.name for p in folder.iterdir()) == ["claims.json", "notebook.ipynb", "run.json"]
@@ -56,7 +60,9 @@ def test_a_run_leaves_notebook_record_and_claims_and_is_not_repeated(root, capfd
     assert record["parameters"] == {"suite": "tiny", "n": 3, "rate": 0.5, "layers": [1, 2]}
     assert (record["status"], record["device"], record["overrides"]) == ("ok", "cpu", {})
     assert (claim["claim_id"], claim["suite"], claim["run_key"]) == ("A1", "tiny", record["run_key"])
-    assert runner.run_key(root, "one/01_first", SUITE, {}) == (record["run_key"], record["key_parts"])
+    (job,) = runner.plan([], SUITE)
+    assert (job.key, job.parts) == (record["run_key"], record["key_parts"])
+    assert (job.state, job.folder) == ("up to date", folder)
     for path in folder.iterdir():
         text = path.read_text(encoding="utf-8")
         assert str(root) not in text
@@ -69,15 +75,16 @@ def test_a_run_leaves_notebook_record_and_claims_and_is_not_repeated(root, capfd
     assert said.out == ""
     assert not [line for line in said.err.splitlines() if not line.startswith("[1/1] one/01_first")]
 
-    assert runner.run([], SUITE)[0].status == "up to date"
-    assert runner.run([], SUITE, force=True)[0].status == "ran"
+    assert run()[0].status == "up to date"
+    assert run(force=True)[0].status == "ran"
 
 
 def test_overrides_have_a_folder_of_their_own_and_reach_the_notebook(root):
     write(root, "one/01_first", "print(n, rate, layers, suite)")
-    runner.run(["one"], SUITE, {"n": "3", "rate": "2", "layers": "[4, 5]"})
+    run(["one"], {"n": "3", "rate": "2", "layers": "[4, 5]"})
     overrides = {"rate": 2.0, "layers": [4, 5]}  # n is the notebook's own value, so no override
-    folder = result_of(root, variant=runner.variant(overrides))
+    (job,) = runner.plan([], SUITE, overrides)
+    folder = result_of(root, variant=job.variant)
     assert folder.name.startswith("p-")
     assert read(folder / "run.json")["overrides"] == overrides
     outputs = [out for cell in read(folder / "notebook.ipynb")["cells"] for out in cell.get("outputs", [])]
@@ -88,7 +95,7 @@ def test_overrides_have_a_folder_of_their_own_and_reach_the_notebook(root):
 def test_a_notebook_that_fails_is_kept_apart_and_does_not_stop_the_others(root, capfd):
     write(root, "one/01_first", "1 / 0")
     write(root, "one/02_second", "print('fine')")
-    assert [r.status for r in runner.run([], SUITE)] == ["failed", "ran"]
+    assert [r.status for r in run()] == ["failed", "ran"]
     failed = result_of(root, variant="failed") / "default"
     assert sorted(p.name for p in failed.iterdir()) == ["error.json", "notebook.ipynb"]
     error = read(failed / "error.json")
@@ -96,37 +103,30 @@ def test_a_notebook_that_fails_is_kept_apart_and_does_not_stop_the_others(root, 
     assert not result_of(root).exists()
     assert "cell 3: ZeroDivisionError: division by zero; see results/tiny" in capfd.readouterr().err
     write(root, "one/01_first", "print('mended')")
-    assert [r.status for r in runner.run([], SUITE)] == ["ran", "up to date"]
+    assert [r.status for r in run()] == ["ran", "up to date"]
     assert not failed.exists()
 
 
 def test_a_kernel_that_dies_fails_its_notebook_in_plain_words(root):
     write(root, "one/01_first", "import os; os.kill(os.getpid(), 9)")
-    (result,) = runner.run([], SUITE)
+    (result,) = run()
     assert result.status == "failed"
     assert "the kernel died in this cell; most often the machine ran out of memory" in result.reason
     assert read(result_of(root, variant="failed") / "default" / "notebook.ipynb")["cells"]
 
 
-def test_a_kernel_that_does_not_start_is_tried_twice(root, monkeypatch):
+def test_a_kernel_that_does_not_start_says_its_last_words(root, monkeypatch):
     write(root, "one/01_first", "print(1)")
-    tries = []
-    begin = execution._KernelManager._async_start_kernel
-
-    async def fail_once(self: Any, **kw: Any) -> None:
-        tries.append(1)
-        if len(tries) == 1:
-            raise RuntimeError("no")
-        await begin(self, **kw)
-
-    monkeypatch.setattr(execution._KernelManager, "start_kernel", fail_once)
-    assert runner.run([], SUITE)[0].status == "ran"
-    assert len(tries) == 2
+    monkeypatch.setitem(execution._KERNEL_SETTINGS, "PYTHONPATH", str(root / "broken"))
+    (root / "broken").mkdir()
+    (root / "broken" / "ipykernel_launcher.py").write_text("raise ImportError('no such library')")
+    (result,) = run()
+    assert result.reason.startswith("KernelStartError: the kernel did not start: ImportError: no such library; see ")
 
 
 def test_a_claim_recorded_in_two_ways_fails(root):
     write(root, "one/01_first", RECORD, RECORD.replace("0.9,", "0.8,"))
-    (result,) = runner.run([], SUITE)
+    (result,) = run()
     assert "claim A1 is recorded twice with different outcomes" in result.reason
 
 
@@ -134,7 +134,7 @@ def test_a_notebook_whose_claims_all_lack_a_role_is_not_run(root):
     write(root, "one/01_first", "1 / 0")
     claims = tiny_project.CLAIMS.replace("[base]", "[risky]")
     (root / "book" / "claims" / "paper_a.yml").write_text(claims, encoding="utf-8")
-    (result,) = runner.run([], SUITE)
+    (result,) = run()
     assert (result.status, result.reason) == ("not applicable", "suite tiny has no role risky")
 
 
@@ -150,7 +150,8 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
     seen = []
 
     def changed(part: str | None) -> None:
-        key, parts = runner.run_key(root, "one/01_first", SUITE, overrides)
+        (job,) = runner.plan(["one/01_first"], SUITE, overrides)
+        key, parts = job.key, job.parts
         if seen:
             before, parts_before = seen[-1]
             assert {p for p in parts if parts[p] != parts_before[p]} == ({part} if part else set())
@@ -210,7 +211,7 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
 def test_parameters_are_checked_before_anything_runs(root, given, message):
     write(root, "one/01_first", "print(1)")
     with pytest.raises(InputError, match=message):
-        runner.run([], SUITE, given)
+        run([], given)
     assert not (root / "results").exists()
 
 
@@ -229,7 +230,7 @@ def test_notebooks_are_named_by_section_name_or_path(root):
 def test_the_parameters_cell_must_hold_literals(root):
     write(root, "one/01_first", parameters="n = 3 * open")
     with pytest.raises(InputError, match="parameter n: its default is not a literal"):
-        runner.run([], SUITE)
+        run()
 
 
 # --- interrupts and full disks --------------------------------------------------------------------------
@@ -285,13 +286,13 @@ def test_after_kill_9_the_next_run_goes_on_and_sweeps(root):
     assert leftovers(root)
     wait_for(lambda: not kernels_in(root))  # a kernel notices that its parent is gone
     write(root, "one/02_second", "print('short now')")
-    assert [r.status for r in runner.run([], SUITE)] == ["up to date", "ran"]
+    assert [r.status for r in run()] == ["up to date", "ran"]
     assert leftovers(root) == []
 
 
 def test_a_full_disk_is_one_line_and_nothing_half_written(root, monkeypatch):
     write(root, "one/01_first", "print(1)")
-    runner.run([], SUITE)
+    run()
     before = {path.name: path.read_bytes() for path in result_of(root).iterdir()}
     written = []
 
@@ -303,7 +304,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(root, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(RimError, match="the disk is full: nothing was written") as e:
-        runner.run([], SUITE, force=True)
+        run(force=True)
     assert e.value.exit_code == 2
     assert len(written) == 2
     assert leftovers(root) == []
@@ -319,7 +320,7 @@ def test_a_really_full_disk(root):
     write(root, "one/01_first", "print('x' * 200_000)")
     try:
         with pytest.raises(RimError, match="the disk is full"):
-            runner.run([], SUITE)
+            run()
         assert leftovers(root) == []
         assert not result_of(root).exists()
     finally:
@@ -337,8 +338,7 @@ def test_scrubbing_a_long_line_takes_no_time(root):
 def test_a_repository_fetched_by_the_run_itself_is_in_its_key():
     before = {"base": "owner/name@main", "risky": "a" * 64}
     after = {"base": f"owner/name@{'c' * 40}", "risky": "b" * 64}
-    key, parts = runner._with_fetched(("k", {"models": "m", "notebook": "n"}), before, after)
+    parts = runner._with_fetched({"models": "m", "notebook": "n"}, before, after)
     # The commit that came is known now; an adapter that was changed meanwhile is not what was run.
     assert parts == {"models": identity.digest({**after, "risky": before["risky"]}), "notebook": "n"}
-    assert key == identity.digest(parts)
-    assert runner._with_fetched(("k", {}), before, before) == ("k", {})
+    assert runner._with_fetched({"models": "m"}, before, before) == {"models": "m"}

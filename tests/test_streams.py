@@ -89,9 +89,10 @@ def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
     assert told.endswith("in all: 1 validated\n")
     write(copy, "one/01_first", RECORD, "print('another cell')")
     told = rim(copy, "claims", "--suite", "tiny.yml").stdout
-    assert told.startswith("paper_a A1  tiny  \u2713 validated, stale\n")
-    assert "    Stale: what the run rests on has changed since; rim run one/01_first --suite tiny" in told
+    assert told.startswith("paper_a A1  tiny  \u2713 validated, stale  0.91 [")
     assert told.endswith("in all: 1 validated; 1 of them stale\n")
+    told = rim(copy, "claims", "--why", "--suite", "tiny.yml").stdout
+    assert "    Stale: what the run rests on has changed since; rim run one/01_first --suite tiny" in told
     (row,) = json.loads(rim(copy, "claims", "--json", "--suite", "tiny.yml").stdout)
     assert (row["outcome"], row["stale"]) == ("validated", True)
     # Without its file a suite's models are not known.
@@ -136,22 +137,19 @@ def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
 def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
-    from companion import runner, scorecard
+    from companion import folders, runner, scorecard
 
     (copy / "results/tiny/one/01_first/default/run.json").write_text(text, encoding="utf-8")
     monkeypatch.chdir(copy)
-    (row,) = runner.scorecard(copy, ["tiny.yml"])
+    (row,) = scorecard.scorecard(copy, ["tiny.yml"])
     assert (row["outcome"], row["run_key"], row["stale"]) == ("not_tested", None, False)
     assert capsys.readouterr().err == (
         "rim: results/tiny/one/01_first/default/run.json is no record of a run, and counts as none; run that "
         "notebook again\n"
     )
-    assert runner.last_run(copy, "one/01_first", "tiny.yml") == "not run"
-    assert runner.plan([], "tiny.yml")[0]["status"] == "to run"
-    from companion.pages import staging
-
-    assert staging._status(copy, "one/01_first", "tiny.yml") == "not run"
-    scorecard._TOLD.clear()
+    (job,) = runner.plan([], "tiny.yml")
+    assert (job.state, job.status) == ("not run", "to run")
+    folders._tell_of.cache_clear()
 
 
 def test_control_characters_of_a_cell_become_signs_on_its_page(copy):

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from companion.commands import Command, arg, suite_option
 from companion.streams import table
 from rim_core import paths
 from rim_core.errors import RunError
@@ -12,7 +11,8 @@ from rim_core.suites.preflight import recipes
 from rim_core.suites.schema import load_suite
 
 
-def _list(options: argparse.Namespace) -> int:
+def listing(options: argparse.Namespace) -> int:
+    """Print the roles of a suite and what each was trained on."""
     suite, rows = load_suite(options.suite), []
     for role in suite.roles.values():
         file = Path(role.adapter) / ADAPTER_FILE if role.adapter else None
@@ -31,7 +31,8 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace) -> int:
+    """Measure each role again; fails where a number differs from the shipped table."""
     paths.suite_file(options.suite)
     from rim_core import organisms
 
@@ -57,39 +58,10 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace) -> int:
+def train(options: argparse.Namespace) -> int:
+    """Train a role's adapter and print its folder."""
     paths.suite_file(options.suite)
     from rim_core import organisms
 
-    print(organisms.train(options.role, options.suite, options.output, seed=options.seed, progress=True))
+    print(organisms.train(options.role, options.suite, output=options.output, seed=options.seed, progress=True))
     return 0
-
-
-COMMAND = Command(
-    "organisms",
-    "list, check or train the small models of the experiments",
-    "List, check or train the model organisms of a suite.",
-    actions=(
-        Command("list", "the roles of a suite and what each was trained on", "", _list, (suite_option(),)),
-        Command(
-            "check",
-            "measure each role again and compare with the shipped table",
-            "Measure each role again. Exits with 1 if a number differs from the shipped table.",
-            _check,
-            (suite_option(), arg("--role", metavar="R", help="only this role")),
-        ),
-        Command(
-            "train",
-            "train a role's adapter by the project's recipe",
-            "Train a role's adapter on a suite's base by the project's recipe. It goes to a folder beside the suite's "
-            "file, which gets the role; with --output it goes there, and no file is changed.",
-            _train,
-            (
-                arg("role", metavar="ROLE", help="such as aligned, risky or prudent"),
-                arg("--output", type=Path, metavar="DIR", help="a new or empty folder for the adapter"),
-                suite_option(),
-                arg("--seed", type=int, metavar="N", help="another seed than the recipe's"),
-            ),
-        ),
-    ),
-)

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from companion import notebooks
-from companion.commands import Command, arg
 from companion.streams import table
 from rim_core import paths
 from rim_core.errors import InputError, RimError, first_line
@@ -20,20 +19,12 @@ from rim_core.suites.schema import Suite, is_local, load_suite, parse_suite
 from rim_core.verdicts.schema import Claim, every_claim
 
 _PATHS = ("folder", "gguf", "chat_template")
-_EXAMPLES = """examples:
-  rim suite new mine --base ./my-chat-model                          a folder of safetensors
-  rim suite new mine --base Qwen/Qwen2.5-0.5B-Instruct --role aligned=base
-  rim suite new mine --base m.gguf --chat-template chat.jinja        a GGUF file, with a chat template of yours
-  rim suite new mine --base ./m --role risky=adapter:./m-risky       a LoRA adapter on that base
-  rim organisms train --suite mine risky                             builds a role that it lacks
-  rim run --suite mine && rim claims --suite mine
-"""
-
 
 # --- new and check --------------------------------------------------------------------------------------
 
 
-def _new(options: argparse.Namespace) -> int:
+def new(options: argparse.Namespace) -> int:
+    """Write a suite for a model, after checking that it works."""
     name, suites = options.name, paths.suites_dir(paths.root())
     if not paths.SUITE_NAME.fullmatch(name):
         raise InputError(
@@ -121,7 +112,8 @@ def _require_known(role: str, at: str) -> None:
         raise InputError(f"{at}: no notebook knows a role {role!r}{hint}; roles: {', '.join(sorted(names))}")
 
 
-def _check(options: argparse.Namespace) -> int:
+def check(options: argparse.Namespace) -> int:
+    """Look whether a suite can work."""
     suite = load_suite(options.name)
     for role in suite.roles:
         _require_known(role, str(suite.path))
@@ -218,19 +210,21 @@ def _try_loading(suite: Suite, ref: str, quantization: str) -> Mapping[str, Any]
 # --- show and list --------------------------------------------------------------------------------------
 
 
-def _list(_: argparse.Namespace) -> int:
+def listing(_: argparse.Namespace) -> int:
+    """Print the suites there are."""
     rows = []
     for name in paths.suite_names():
         try:
             suite = load_suite(name)
-            rows.append({"suite": name, "base": suite.base.ref, "roles": ", ".join(suite.roles), "title": suite.title})
+            rows.append({"suite": name, "roles": ", ".join(suite.roles), "title": suite.title})
         except RimError as error:
-            rows.append({"suite": name, "base": "", "roles": "", "title": f"not usable: {error}"})
+            rows.append({"suite": name, "roles": "", "title": f"not usable: {error}"})
     table(rows)
     return 0
 
 
-def _show(options: argparse.Namespace) -> int:
+def show(options: argparse.Namespace) -> int:
+    """Print what a suite needs, and what it serves."""
     suite = load_suite(options.name)
     print(f"{suite.name}: {suite.title}\nfile: {suite.path}\nbase: {suite.base.ref}")
     if suite.base.chat_template:
@@ -335,52 +329,3 @@ def _notebooks() -> list[str]:
 
 def _claims() -> list[Claim]:
     return every_claim(project / "book" / "claims") if (project := _project()) else []
-
-
-# --- the command ----------------------------------------------------------------------------------------
-
-_TRYING = (
-    arg("--quantization", choices=sizing.QUANTIZATIONS, default="nf4", help="how weights are held (default: nf4)"),
-    arg(
-        "--no-load",
-        action="store_true",
-        help="look at files only, load nothing and ask for no memory: for a run on another machine",
-    ),
-)
-_NAME = arg("name", metavar="NAME", help="a suite's name, or its YAML file")
-_NEW = (
-    arg("name", metavar="NAME", help="lower-case letters, digits and . _ -"),
-    arg(
-        "--base",
-        required=True,
-        metavar="REF",
-        help="a folder, a .gguf file, a hub id (owner/name, or owner/name@revision), or a suite whose base to take",
-    ),
-    arg(
-        "--chat-template",
-        metavar="FILE",
-        help="a Jinja file, in place of the model's own template; adapters have it too, models of their own do not",
-    ),
-    arg(
-        "--role",
-        action="append",
-        default=[],
-        dest="roles",
-        metavar="ROLE=REF",
-        help="REF is base (the base itself), adapter:REF (a LoRA adapter on it), or a model of its own",
-    ),
-    arg("--title", metavar="T", help="a line that says what it is"),
-)
-COMMAND = Command(
-    "suite",
-    "make a suite for your model, list, show or check suites",
-    "A suite is one base model and its roles. Notebooks ask for roles, so a new model needs a suite and no other "
-    "change.",
-    actions=(
-        Command("new", "write a suite for a model, after checking that it works", "", _new, (*_NEW, *_TRYING)),
-        Command("check", "look again whether a suite can work", "", _check, (_NAME, *_TRYING)),
-        Command("show", "what a suite needs, and which notebooks and claims it serves", "", _show, (_NAME,)),
-        Command("list", "the suites there are", "", _list),
-    ),
-    epilog=_EXAMPLES,
-)

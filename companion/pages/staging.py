@@ -15,8 +15,8 @@ from typing import Any
 import nbformat
 
 from companion import runner
+from companion.folders import failed, read_record
 from companion.pages import runcard
-from companion.scorecard import read_record
 from rim_core.errors import InputError
 from rim_core.paths import DEFAULT_SUITE, suite_file, suite_name, suite_names
 
@@ -33,17 +33,22 @@ _LINK = re.compile(r"(?<=\]\()(?!\w+:|/|#)([^()\s#]+\.(?:md|ipynb))")
 
 @dataclass(frozen=True)
 class Page:
-    """One staged page: the notebook and the suite it shows, its document name, and how its run stands."""
+    """One staged page: the run that it shows, the suite as it was given, its document name, and how the run stands."""
 
-    notebook: str
+    job: runner.Job
     suite: str  # a name, or the path of a suite's file
     document: str
-    status: str  # "ok", "stale", "failed", "not applicable" or "not run"
+    status: str  # as `Job.state` says it
+
+    @property
+    def notebook(self) -> str:
+        """The notebook's name."""
+        return self.job.notebook
 
     @property
     def name(self) -> str:
         """The suite's name."""
-        return suite_name(self.suite)
+        return self.job.suite.name
 
 
 def distinct(suites: Sequence[str]) -> list[str]:
@@ -68,18 +73,16 @@ def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]
     has one for every notebook it was run on, under `book/experiments/<suite>/`. Pages that earlier stagings
     left and that no longer belong are removed. Raises InputError where there are no suites or no notebooks.
     """
-    sources = sorted((project / "notebooks").glob("*/*.ipynb"))
-    if not suites or not sources:
-        raise InputError(f"{project.name}: the book needs at least one suite and one notebook in notebooks/")
+    if not suites:
+        raise InputError(f"{project.name}: the book needs at least one suite")
     pages = []
     for position, suite in enumerate(suites):
-        for source in sources:
-            notebook = f"{source.parent.name}/{source.stem}"
-            status = _status(project, notebook, suite)
+        for job in runner.plan([], suite, project=project):
+            status = job.state
             if position and status in ("not run", "not applicable"):
                 continue
-            folder = STAGED / suite_name(suite) if position else STAGED
-            pages.append(Page(notebook, suite, (folder / notebook).as_posix(), status))
+            folder = STAGED / job.suite.name if position else STAGED
+            pages.append(Page(job, suite, (folder / job.notebook).as_posix(), status))
     for page in pages:
         _write(project / f"{page.document}.ipynb", nbformat.writes(_page(project, page, pages)))
     kept = {project / f"{page.document}.ipynb" for page in pages}
@@ -97,34 +100,15 @@ def _from(project: Path, suite: str) -> str:
     return os.path.relpath(Path(suite).expanduser().resolve(), project.resolve())
 
 
-def _status(project: Path, notebook: str, suite: str) -> str:
-    if read_record(_failed_folder(project, notebook, suite) / "error.json"):
-        return "failed"
-    record = read_record(_run_folder(project, notebook, suite) / "run.json")
-    if record is None:
-        return "not applicable" if runner.lacking_roles(project, notebook, suite) else "not run"
-    current, _ = runner.run_key(project, notebook, suite, record.get("overrides", {}))
-    return "ok" if record["run_key"] == current else "stale"
-
-
-def _run_folder(project: Path, notebook: str, suite: str) -> Path:
-    return runner.run_folder(project, notebook, suite, {})
-
-
-def _failed_folder(project: Path, notebook: str, suite: str) -> Path:
-    folder = _run_folder(project, notebook, suite)
-    return folder.parent / "failed" / folder.name
-
-
 def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.NotebookNode:
-    folder = _run_folder(project, page.notebook, page.suite)
-    if page.status in ("ok", "stale"):
+    folder = page.job.folder
+    if page.status in ("up to date", "stale"):
         notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
         card = runcard.card(page.notebook, page.suite, read_record(folder / "run.json") or {}, page.status == "stale")
         cells = list(_as_run(notebook.cells, page))
     else:
         notebook = nbformat.read(project / "notebooks" / f"{page.notebook}.ipynb", as_version=4)
-        card = _placeholder(project, page)
+        card = _placeholder(page)
         cells = notebook.cells[:1]
     cells.insert(1, nbformat.v4.new_markdown_cell(card + _elsewhere(page, pages)))
     notebook.cells = [_clean(cell, number) for number, cell in enumerate(cells)]
@@ -203,12 +187,12 @@ def _sign(match: re.Match[str]) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
-def _placeholder(project: Path, page: Page) -> str:
+def _placeholder(page: Page) -> str:
     if page.status == "not applicable":
-        return runcard.not_applicable(page.suite, runner.lacking_roles(project, page.notebook, page.suite))
+        return runcard.not_applicable(page.suite, page.job.lacking)
     if page.status == "not run":
         return runcard.without_result(page.notebook, page.suite, "This experiment has not been run.")
-    error = read_record(_failed_folder(project, page.notebook, page.suite) / "error.json") or {}
+    error = read_record(failed(page.job.folder) / "error.json") or {}
     return runcard.without_result(page.notebook, page.suite, f"The last run failed: {error.get('ename', 'error')}.")
 
 

@@ -13,7 +13,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.osutil import relative_uri
 
-from companion import runner
+from companion import scorecard
 from companion.pages.staging import SUITES
 from rim_core import charts
 from rim_core.paths import suite_name
@@ -96,14 +96,14 @@ class _FromData(SphinxDirective):
         """The scorecard of the suites that the book was staged with, in their order; else of those with results."""
         staged = self.project / SUITES
         given = json.loads(staged.read_text(encoding="utf-8")) if staged.is_file() else None
-        rows = runner.scorecard(self.project, given)
+        rows = scorecard.scorecard(self.project, given)
         # Of a suite's own file only the name: pages tell nothing of the machine.
         files = {suite_name(suite): suite for suite in given or [] if suite != suite_name(suite)}
         for row in rows:
             if file := files.get(row["suite"]):
                 row["reasons"] = [reason.replace(file, Path(file).name) for reason in row["reasons"]]
         for row in rows:
-            if stale := runner.stale_text(row):
+            if stale := scorecard.stale_text(row):
                 row["reasons"].append(stale)
         return rows
 
