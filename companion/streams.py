@@ -21,12 +21,14 @@ def table(rows: Sequence[Mapping[str, Any]], *, heading: bool = True) -> None:
         rows: each a value for a column; the first row's keys are the columns.
         heading: print the columns' names above them.
     """
+    if not rows:
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=heading, header_style="bold")
-    columns = list(rows[0]) if rows else []
+    columns = list(rows[0])
     for number, name in enumerate(columns):
         drawn.add_column(name, overflow="fold", no_wrap=number == 0)
     for row in rows:

@@ -14,6 +14,7 @@ import tiny_project
 from tiny_project import rim, write
 
 from companion import cli, notebooks, runner
+from companion.commands.run import _read_parameters
 from rim_core import paths
 from rim_core.errors import InputError
 
@@ -258,7 +259,7 @@ def test_examples_of_the_help_work(command):
     assert found
     for arguments in found:
         options = cli._parser().parse_args(arguments)
-        overrides = cli._read_parameters(getattr(options, "parameters", []))
+        overrides = _read_parameters(getattr(options, "parameters", []))
         for name in notebooks.resolve(ROOT, getattr(options, "notebooks", [])):
             notebooks.check_overrides(
                 name, notebooks.parameters(name, notebooks.read_source(ROOT, name)), overrides, ROOT

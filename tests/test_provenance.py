@@ -311,10 +311,11 @@ def test_an_empty_project_has_nothing_to_export(tmp_path):
 def test_a_changed_outcome_is_told_and_fails(project):
     done = rim(project, "diff", "tiny", "other")
     assert done.returncode == 1, done.stderr
-    heading, row, last = done.stdout.splitlines()
+    heading, *rows, last = done.stdout.splitlines()
     assert heading.split() == ["claim", "tiny", "other"]
-    assert row.startswith("paper_a A1  ✓ validated, 0.91 [")
-    assert "✗ contradicted, 0.21 [" in row
+    assert rows[0].startswith("paper_a A1  ✓ validated, 0.91 [")
+    assert "✗ contradicted, 0.21" in " ".join(rows)
+    assert max(map(len, rows)) <= 80
     assert last == "1 claims compared: 1 outcomes changed, 0 numbers alone"
 
 
@@ -368,7 +369,7 @@ def test_a_failed_run_and_a_missing_one_are_outcomes_too(changed, monkeypatch):
         ("tiny", "othr", "unknown suite 'othr'"),
         ("tiny", "empty", "suite empty has no results to compare; rim run --suite empty"),
         ("tiny", "notebooks", "notebooks: no results there; name a suite, a results folder or an exported crate"),
-        ("broken", "tiny", "broken: its claims.json holds no claims; export it again"),
+        ("broken", "tiny", "broken/claims.json: holds no claims; export it again"),
         ("results", "third", "results holds the suites other, tiny, third holds apart, more: none to compare"),
         ("tiny", "no/such/folder", "unknown suite"),
     ],
