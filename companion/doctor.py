@@ -9,9 +9,9 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import NamedTuple
 
+import rim_core.models  # noqa: F401  which keeps bitsandbytes from giving advice on kernels
 from companion.streams import table
 from rim_core import paths
-from rim_core.models.packing import quiet_import
 from rim_core.suites import sizing
 from rim_core.suites.schema import load_suite
 from rim_core.suites.weights import is_cached
@@ -87,8 +87,7 @@ def _python() -> str:
 
 
 def _library(name: str) -> str:
-    with quiet_import():
-        importlib.import_module(name)
+    importlib.import_module(name)
     return metadata.version(name)
 
 
