@@ -16,7 +16,7 @@ from browsing import THEMES, Visit
 
 from companion import comparison
 from companion.pages import staging
-from companion.scorecard import scorecard
+from companion.scorecard import rows
 from rim_core.errors import InputError
 from rim_core.verdicts import deciding
 from rim_core.verdicts.schema import load_claims
@@ -125,7 +125,7 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 def numbers(root: Path, *suites: str) -> list[comparison.Number]:
-    return comparison.numbers(root / "results", scorecard(root / "results", suites))
+    return comparison.numbers(root / "results", rows(root / "results", suites))
 
 
 def test_numbers_are_the_parts_and_the_controls_of_each_decided_claim(root):
@@ -198,7 +198,7 @@ def test_a_control_without_a_rule_has_no_bound(root):
 def test_units_name_what_the_claim_has(root, units):
     text = CLAIMS.replace("{elsewhere: metres}", units)
     (root / "book" / "claims" / "paper_a.yml").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"paper_a.yml: claim A1: key metric.units"):
+    with pytest.raises(InputError, match=r"paper_a.yml:\d+: claims\[A1\].metric.units"):
         load_claims("paper_a", root / "book" / "claims")
 
 
