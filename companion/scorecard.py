@@ -53,16 +53,12 @@ def rows(results_dir: Path, suites: Sequence[str] | None = None) -> list[dict[st
     Keys: paper, claim, statement, suite, outcome, reason, reasons (its sentences), value, low, high, published,
     notebook, run_key.
     """
-    fields = ("statement", "suite", "outcome", "reason", "value", "low", "high", "published", "notebook", "run_key")
-    return [
-        {
-            "paper": outcome.paper,
-            "claim": outcome.claim_id,
-            **{name: getattr(outcome, name) for name in fields},
-            "reasons": list(outcome.reasons),
-        }
-        for outcome in outcomes(results_dir, suites)
-    ]
+    fields = ("statement", "suite", "outcome", "reason", "reasons", "value", "low", "high", "published", "notebook")
+    found = []
+    for each in outcomes(results_dir, suites):
+        told = {name: getattr(each, name) for name in (*fields, "run_key")}
+        found.append({"paper": each.paper, "claim": each.claim_id, **told, "reasons": list(each.reasons)})
+    return found
 
 
 def outcomes(results_dir: Path, suites: Sequence[str] | None = None) -> list[Outcome]:
