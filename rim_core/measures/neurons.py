@@ -227,7 +227,10 @@ def safety_neurons(
 
 
 def neuron_list(mask: ArrayLike | Tensor) -> list[Neuron]:
-    """Give a boolean mask `[layer, d_mlp]` as the list of its `(layer, neuron)`, ascending.
+    """Give a mask as the list of its `(layer, neuron)`, ascending.
+
+    Args:
+        mask: boolean `[layer, d_mlp]`.
 
     Example:
         >>> import numpy as np
