@@ -247,7 +247,7 @@ def attention_to_spans(
     Args:
         model: a loaded model; the adapter and edits now active apply.
         texts: prompts as the model is to see them.
-        spans: for each name the token positions in each text, counted from the end, as `texts.find_span` gives
+        spans: for each name the token positions in each text, counted from the end, as `find_span` gives
             them; an empty list where a text lacks the span, which then gets 0. Spans may overlap.
         layers: those to read; None is all.
         query: "last" or a position from the end.
