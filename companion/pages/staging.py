@@ -1,10 +1,9 @@
-"""The pages of experiments: what `rim run` executed, copied into `book/experiments/` with a run card each.
+"""The pages of experiments, what `rim run` executed, copied into `book/experiments/` with a run card each; and the
+tables that other pages include.
 
 A file is written only where its content changed, so that Sphinx builds again only what is new.
 """
 
-import json
-import os.path
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -14,15 +13,14 @@ from typing import Any
 
 import nbformat
 
-from companion import runner
+from companion import runner, scorecard
 from companion.folders import failed, read_record
-from companion.pages import runcard
+from companion.pages import runcard, tables
 from rim_core.errors import InputError
 from rim_core.paths import DEFAULT_SUITE, suite_file, suite_name, suite_names
 
 STAGED = Path("book/experiments")
-# Names the suites of the book, for the pages that show all of them.
-SUITES = STAGED / "suites.json"
+TABLES = STAGED / "tables"
 _KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 _LANGUAGE = {"name": "python", "pygments_lexer": "ipython3"}
 # What ECMA-48 calls control sequences; then the control characters that no page may hold, and halves of characters.
@@ -67,7 +65,7 @@ def distinct(suites: Sequence[str]) -> list[str]:
 
 
 def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]:
-    """Write a page for every notebook of `project` into `book/experiments/` and return the pages.
+    """Write a page for every notebook of `project` into `book/experiments/`, the book's tables, and return the pages.
 
     The first of `suites` has a page for each notebook, a placeholder where it was not run; each further suite
     has one for every notebook it was run on, under `book/experiments/<suite>/`. Pages that earlier stagings
@@ -89,15 +87,21 @@ def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]
     for path in (project / STAGED).rglob("*.ipynb"):
         if path not in kept:
             path.unlink()
-    _write(project / SUITES, json.dumps([_from(project, suite) for suite in suites]))
+    documents = {(page.notebook, page.name): page.document for page in pages}
+    for name, text in tables.texts(project, _scorecard(project, suites), documents).items():
+        _write(project / TABLES / f"{name}.md", text)
     return pages
 
 
-def _from(project: Path, suite: str) -> str:
-    """A suite as the book's builder, which works in the project's folder, finds it."""
-    if not suite.endswith((".yml", ".yaml")):
-        return suite
-    return os.path.relpath(Path(suite).expanduser().resolve(), project.resolve())
+def _scorecard(project: Path, suites: Sequence[str]) -> list[dict[str, Any]]:
+    """The scorecard's rows with all that a page tells of why; of a suite's own file only the name, not the place."""
+    rows = scorecard.scorecard(project, suites)
+    files = {suite_name(suite): suite for suite in suites if suite != suite_name(suite)}
+    for row in rows:
+        told = [*row["reasons"], *filter(None, [scorecard.stale_text(row)])]
+        file = files.get(row["suite"])
+        row["reasons"] = [reason.replace(file, Path(file).name) for reason in told] if file else told
+    return rows
 
 
 def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.NotebookNode:
