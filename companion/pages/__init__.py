@@ -1,1 +1,6 @@
-"""From executed notebooks to the pages of the book."""
+"""From results to the pages of the book; read `staging` first.
+
+- `staging`: executed notebooks as pages, and the tables, written into `book/experiments/`.
+- `runcard`: what a page's result came from; `tables`: the texts that the book's own pages include.
+- `build`: Jupyter Book, run over what was staged.
+"""
