@@ -41,8 +41,6 @@ def found(name: str):
 GONE = [name for _, name in LISTED if found(name) is None]
 VALUES = {name: found(name) for _, name in LISTED if name not in GONE}
 FUNCTIONS = [name for kind, name in LISTED if kind == "function" and name in VALUES]
-# Reached through their modules.
-INNER = [name for name in FUNCTIONS if name.count(".") > 1]
 
 
 def members(name: str) -> Iterator[tuple[str, object]]:
@@ -90,9 +88,7 @@ def described(value) -> set[str]:
     return told
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=False) if name in INNER else ()) for name in FUNCTIONS]
-)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_argument_is_described(name):
     missing = [each for each in parameters(VALUES[name]) if each not in described(VALUES[name])]
     assert not missing, f"the docstring of {name} says nothing of {', '.join(missing)}"

@@ -94,6 +94,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def open_activations(folder: str | Path) -> Activations:
     """Activations that `capture(..., to=folder)` streamed; each site is read when it is indexed.
 
+    Args:
+        folder: where they were streamed to.
+
     Raises:
         InputError: the folder holds no finished capture.
 

@@ -81,6 +81,12 @@ def reading(
     `keep` must copy (select and clone): some families add to a module's output in place afterwards. Heads come
     flat, `[..., n_heads * head_dim]`. The hooks are gone when the context is left, however it is left.
 
+    Args:
+        layout: of the model.
+        sites: which to read.
+        keep: what of a tensor is kept.
+        layers: by default all.
+
     Example:
         >>> with rim.editing.reading(model.layout, ["resid_post"], lambda x: x[:, -1].clone(), [0, 1]) as found:
         ...     _ = model.hf(**model.tokenizer(texts[:1], return_tensors="pt"))
@@ -169,6 +175,10 @@ def at(positions: Tensor, wanted: Positions) -> Tensor:
     "answer" is where the answer's tokens are chosen: the prompt's last token and every generated one. Generated
     tokens belong to "all" and "answer" only.
 
+    Args:
+        positions: of each slot, counted from its prompt's end, -1 the last: `[batch, slot]`.
+        wanted: which are meant.
+
     Raises:
         InputError: any other word, or a position that is not below 0.
     """
@@ -193,7 +203,14 @@ def lowest(*wanted: Positions) -> int:
 
 
 def edit_at(positions: Positions, site: str, layer: int, change: Callable[[Tensor], Tensor]) -> Edit:
-    """An edit that puts `change(values)` at the chosen positions (see `at`) and leaves the others as they are."""
+    """An edit that puts `change(values)` at the chosen positions and leaves the others as they are.
+
+    Args:
+        positions: as in `at`.
+        site: of the values.
+        layer: of the values.
+        change: gives new values of the same shape.
+    """
     if isinstance(positions, str) and positions == "all":
         return Edit(site, layer, lambda values, _: change(values))
     at(torch.tensor([[-1]]), positions)  # what it cannot mean is refused here, not in the first pass

@@ -274,6 +274,11 @@ def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
 
     The projection is run once a head on an input that is zero elsewhere, so it works on packed 4-bit weights
     and on LoRA-wrapped modules; a bias is not part of any head's share.
+
+    Args:
+        layout: of the model.
+        layer: its number.
+        z: the site `head_z` of that layer.
     """
     module = layout.attention_out[layer]
     heads = torch.eye(layout.n_heads, device=z.device, dtype=z.dtype)
@@ -289,6 +294,10 @@ def pull_back(module: nn.Module, w: Tensor) -> Tensor:
     """`W^T w` for a linear module: what direction `w` `[..., out]` of its output is in its input, `[..., in]`.
 
     Got by differentiation, so it holds for packed 4-bit weights and for LoRA-wrapped modules.
+
+    Args:
+        module: linear, packed or not.
+        w: the direction.
     """
     with torch.enable_grad():
         probe = torch.zeros(*w.shape[:-1], in_features(module), device=w.device, dtype=w.dtype)

@@ -210,10 +210,10 @@ class LatentCorrelations:
         high: its upper end.
         p_value: of r alone, by Student's t; exact for a normal target, close for balanced labels.
         q_value: `p_value` after Benjamini-Hochberg over the latents tested.
-        p_max: share of permutations of the target whose largest |r| over all latents reaches this one's: the
+        p_max: share of permutations of the target whose largest `|r|` over all latents reaches this one's: the
             chance that the best of so many gets there, whatever the distributions (Westfall & Young 1993).
         frequency: share of the activations on which the latent is active.
-        null_max: the largest |r| of each permutation, `[permutation]`.
+        null_max: the largest `|r|` of each permutation, `[permutation]`.
         n: activations.
     """
 

@@ -212,6 +212,10 @@ def derive_generator(seed: int, *labels: str | int) -> np.random.Generator:
 def group_codes(groups: Groups, n: int) -> Ints:
     """Number the groups 0, 1, ... in order of appearance, `[n]`; without groups each value is its own.
 
+    Args:
+        groups: a name a value, or None.
+        n: how many values there are.
+
     Raises:
         InputError: not one group a value, a missing group, or a single group.
 
