@@ -38,7 +38,7 @@ def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str]
         documents: the page of each notebook as run with each suite, by `(notebook, suite)`.
     """
     papers = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in _claim_files(project)}
-    titles = {paper: f"{stated['letter']}. {stated['title']}" for paper, stated in papers.items()}
+    titles = {name: ". ".join(map(str, _stated(paper))) or name for name, paper in papers.items()}
     own = {paper: [row for row in rows if row["paper"] == paper] for paper in titles}
     return {
         "scorecard": _scorecard(rows, titles, _Links(documents, "book")),
@@ -47,6 +47,10 @@ def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str]
         "organisms": _organisms(project),
         **{f"performance-{part}": text for part, text in _performance(project).items()},
     }
+
+
+def _stated(paper: Mapping[str, Any]) -> list[Any]:
+    return [paper[key] for key in ("letter", "title") if key in paper]
 
 
 def _claim_files(project: Path) -> list[Path]:
