@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from families import FAMILIES, MODULES, family_folder, load_tiny, reference, sites_of
+from families import MODULES, family_folder, load_tiny, reference, sites_of
 from plain import assert_close, generated, greedy, hooked, hooks, length, some, tensors
 from tiny import TEXTS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -20,7 +20,8 @@ REFERENCE = ("A short answer is best.", "Tell me why the moon looks larger near 
 HEADS = [(0, 3), (1, 0), (1, 2)]
 NEURONS = [(0, 5), (2, 63), (2, 0)]
 STEPS = 4
-CASES = [*((family, None) for family in FAMILIES), ("llama", "nf4"), ("qwen3", "nf4"), ("gpt2", "nf4")]
+FAMILIES = ("llama", "gpt2", "gemma2", "qwen3_moe")
+CASES = [*((family, None) for family in FAMILIES), ("llama", "nf4")]
 every_case = pytest.mark.parametrize(("family", "quantization"), CASES)
 
 
@@ -227,7 +228,7 @@ def test_ablating_a_direction_equals_plain_hooks(family, quantization, mode):
     assert (left - wanted).abs().max() < 1e-4 * every["resid_post"][:, :, -1].abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_where_terms_are_plain_the_three_published_sites_suffice(family):
     """Arditi et al. edit block inputs and both outputs; the last `resid_post` is then free of the direction already."""
     model, direction = load_tiny(family), some(32)
@@ -237,6 +238,14 @@ def test_where_terms_are_plain_the_three_published_sites_suffice(family):
     three = ("resid_pre", "attn_out", "mlp_out")
     changes = [(site, layer, projected(unit)) for site in three for layer in range(3)]
     assert_equals_by_hand(model, family, every, lambda text: changes)
+
+
+def test_a_direction_is_removed_by_default():
+    model, direction = load_tiny("llama"), some(32)
+    with ablate(model, direction=direction):
+        found = rim.capture(model, TEXTS, "resid_post")["resid_post"]
+    with ablate(model, direction=direction, mode="zero"):
+        assert torch.equal(rim.capture(model, TEXTS, "resid_post")["resid_post"], found)
 
 
 def test_a_direction_a_layer_at_one_position():
@@ -277,7 +286,7 @@ def test_ablation_leaves_nothing():
 
     once()
     before = hooks(model), tensors()
-    for _ in range(20):
+    for _ in range(4):
         once()
     assert hooks(model) == before[0] == 0
     assert tensors() <= before[1] + 2
@@ -346,14 +355,7 @@ def test_references_and_neurons_of_another_shape_are_refused():
 
 # Attention knock-out ---------------------------------------------------------------------------------
 
-SLIDING = {  # family -> layers with the window of 6 tokens, written out by hand
-    "mistral": (0, 1, 2),
-    "phi3": (0, 1, 2),
-    "qwen2": (1, 2),
-    "gemma2": (0, 2),
-    "gemma3_text": (0, 2),
-    "cohere2": (0, 2),
-}
+SLIDING = {"gemma2": (0, 2)}  # family -> layers with the window of 6 tokens, written out by hand
 LOOKS = [  # queries and keys; heads; layers
     ("last", [-2, -4], None, None),
     ([-1, -2], -3, [(0, 1), (2, 0), (2, 3)], None),
@@ -536,3 +538,37 @@ def test_random_sets_are_different_and_as_deep_when_asked():
         random_sets(model, HEADS, n_sets=4, per_layer=True)
     with pytest.raises(InputError, match="no heads"):
         random_sets(model, [])
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean"])
+def test_against_random_sets(mode):
+    """The measures are those under each ablation by itself, and p counts the sets that move it as far."""
+    model, reference = load_tiny("llama"), REFERENCE if mode == "mean" else None
+
+    def measure(model):
+        return rim.capture(model, TEXTS, "resid_post")["resid_post"].norm()
+
+    found = rim.against_random(model, HEADS, measure, n_sets=3, seed=1, mode=mode, reference=reference)
+    assert found.heads == HEADS
+    assert found.sets == random_sets(model, HEADS, n_sets=3, per_layer=True, seed=1)
+    assert found.intact == float(measure(model))
+    for heads, value in zip([HEADS, *found.sets], [found.chosen, *found.null], strict=True):
+        with ablate(model, heads, mode=mode, reference=reference):
+            assert value == float(measure(model))
+    further = sum(abs(value - found.intact) >= abs(found.chosen - found.intact) for value in found.null)
+    assert found.p_value == (1 + further) / 4
+    frame = found.to_frame()
+    assert list(frame["kind"]) == ["intact", "chosen", "random", "random", "random"]
+    assert frame["heads"][1] == "0.3 + 1.0 + 1.2"
+    assert frame["estimate"][1] == found.chosen
+    assert "3 random sets" in found.plot().to_dict()["description"]
+    assert not model.edits
+
+
+def test_a_measure_against_random_sets_is_one_number():
+    model = load_tiny("llama")
+    for wrong in (lambda model: torch.ones(2), lambda model: None, lambda model: float("nan")):
+        with pytest.raises(InputError, match="measure's value must be a finite number"):
+            rim.against_random(model, HEADS, wrong, n_sets=1)
+    with pytest.raises(InputError, match="there are 3"):
+        rim.against_random(model, HEADS, lambda model: 0.0, n_sets=4)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from families import CASES, MODULES, family_folder, load_tiny, reference
+from families import FAMILIES, MODULES, family_folder, load_tiny, reference
 from plain import hooks, tensors
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.interventions import patching
+from rim_core.interventions import components, metrics, patching
 from rim_core.models.hooks import Edit, editing
 
 SOURCE = ["How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?"]
@@ -70,7 +70,10 @@ def components_of(family):
     return [c for c in SITES if c != "neurons" or MODULES[family].mlp_out]
 
 
-@pytest.mark.parametrize(("family", "quantization"), CASES)
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gemma2", None), ("qwen3_moe", None)],
+)
 def test_every_component_at_the_last_token_equals_one_forward_a_run(family, quantization):
     model, w = load_tiny(family, quantization), None
     w = direction(model)
@@ -92,22 +95,22 @@ def test_every_component_at_the_last_token_equals_one_forward_a_run(family, quan
                 assert_effects(found.effects[(pair, *index)], wanted, found.clean)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "gemma2", "falcon", "cohere2"])
-@pytest.mark.parametrize("component", ["heads", "attention", "mlp", "resid"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("component", ["heads", "resid"])
 def test_positions_before_the_last(family, component):
-    model = load_tiny(family, "nf4" if family != "falcon" else None)
+    """In every family, since patched runs call its layers with arguments of their own."""
+    model = load_tiny(family)
     w, positions = direction(model), [-4, -2]
     found = rim.patch(model, SOURCE, CLEAN, component, rim.Projection(w), positions=positions, layers=[2, 0])
     assert found.layers == (2, 0)
-    for pair in (0, 2):
-        for column, layer in enumerate(found.layers):
-            part = slice(model.head_dim, 2 * model.head_dim) if component == "heads" else slice(None)
-            wanted = expected(model, family, SOURCE[pair], CLEAN[pair], component, layer, part, positions, w)
-            effect = found.effects[pair, column]
-            assert_effects(effect[1] if component == "heads" else effect, wanted, found.clean)
+    for column, layer in enumerate(found.layers):
+        part = slice(model.head_dim, 2 * model.head_dim) if component == "heads" else slice(None)
+        wanted = expected(model, family, SOURCE[2], CLEAN[2], component, layer, part, positions, w)
+        effect = found.effects[2, column]
+        assert_effects(effect[1] if component == "heads" else effect, wanted, found.clean)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "gemma3_text"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_all_positions_of_pairs_of_equal_length(family):
     model = load_tiny(family)
     w = direction(model)
@@ -144,7 +147,7 @@ def test_spans_of_each_pair_and_other_positions_in_the_source():
     assert_effects(moved.effects[0, 1], patched["resid_post"][-1, -1] @ w / w.norm() - moved.clean[0], moved.clean)
 
 
-@pytest.mark.parametrize(("family", "quantization"), [c for c in CASES if c[0] in ("llama", "gpt2", "qwen3_moe")])
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("gpt2", None), ("qwen3_moe", None)])
 def test_a_prompt_patched_into_itself_changes_nothing(family, quantization):
     model = load_tiny(family, quantization)
     for component in ("attention", "mlp", "heads", "resid"):
@@ -152,7 +155,7 @@ def test_a_prompt_patched_into_itself_changes_nothing(family, quantization):
         assert found.effects.abs().max() <= 1e-5 * found.clean.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_whole_residual_stream_gives_the_sources_output(family):
     model = load_tiny(family)
     found = rim.patch(model, SOURCE, CLEAN, "resid", rim.Projection(direction(model)), layers=[2])
@@ -190,7 +193,7 @@ def test_units_together_are_one_run():
     assert torch.allclose(neurons.effects, mlp.effects, atol=1e-4 * float(found.clean.abs().max()))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_metrics_equal_the_models_own_numbers(family):
     model = load_tiny(family)
     toward, against = 17, 305
@@ -211,6 +214,54 @@ def test_metrics_equal_the_models_own_numbers(family):
     assert probe.effects[:, 0].abs().min() > 0
     own = rim.patch(model, SOURCE, CLEAN, "mlp", lambda state: state.norm(dim=-1))
     assert torch.allclose(own.clean[0], states["resid_post"][-1, -1].norm(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_metrics_of_logits_equal_those_of_the_models_own(family, monkeypatch):
+    model = load_tiny(family)
+    plain, lens = [], []
+    for text in CLEAN:
+        states, logits = reference(model, family, text)
+        plain.append(logits[-1])
+        lens.append(model.layout.readout(states["resid_post"][1, -1]))
+    plain, lens = torch.stack(plain), torch.stack(lens)
+    values, _ = reference(model, family, SOURCE[1])
+    _, patched = plain_patch(model, family, CLEAN[1], "mlp", 1, values["mlp_out"][1], slice(None), [-1])
+    for metric, read in (
+        (rim.LogProbability([17, 305]), lambda rows: rows.softmax(-1)[:, [17, 305]].sum(-1).log()),
+        (rim.LogitMetric(lambda rows: rows.amax(-1)), lambda rows: rows.amax(-1)),
+        (rim.RefusalLogOdds([17, 44]), lambda rows: torch.special.logit(rows.softmax(-1)[:, [17, 44]].sum(-1))),
+    ):
+        found = rim.patch(model, SOURCE, CLEAN, "mlp", metric)
+        assert torch.allclose(found.clean, read(plain), atol=1e-3)
+        assert torch.allclose(found.effects[1, 1] + found.clean[1], read(patched[-1:])[0], atol=1e-3)
+        with monkeypatch.context() as few:
+            few.setattr(metrics, "_ROWS", 2)
+            assert torch.allclose(rim.patch(model, SOURCE, CLEAN, "mlp", metric).effects, found.effects, atol=1e-4)
+    odds = rim.patch(model, SOURCE, CLEAN, "mlp", rim.RefusalLogOdds([17, 44])).clean
+    assert torch.allclose(odds, rim.refusal_log_odds(model, CLEAN, tokens=[17, 44]), atol=1e-4)
+    below = rim.patch(model, SOURCE, CLEAN, "mlp", rim.LogProbability(17, layer=1))
+    assert torch.allclose(below.clean, lens.log_softmax(-1)[:, 17], atol=1e-3)
+    assert not below.effects[:, 2].any()
+
+
+def test_metrics_of_logits_take_float32_values_into_a_bfloat16_model():
+    model = rim.load(str(family_folder("llama")), quantization=None, dtype="bfloat16", device="cpu")
+    acts = rim.capture(model, SOURCE, "resid_post")
+    assert acts["resid_post"].dtype == torch.float32
+    for metric in (rim.LogitDifference(17, 305), rim.LogProbability(17), rim.RefusalLogOdds([17])):
+        found = rim.patch(model, acts, CLEAN, "resid", metric, layers=[2])
+        wanted = rim.patch(model, CLEAN, SOURCE, "mlp", metric, layers=[0]).clean
+        assert torch.allclose(found.effects[:, 0] + found.clean, wanted, atol=0.05)
+
+
+def test_components_may_be_called_by_their_sites():
+    model, w = load_tiny("llama"), rim.Projection(direction(load_tiny("llama")))
+    for component, site in components.COMPONENTS.items():
+        units = {"units": [(0, 1)]} if component == "neurons" else {}
+        one, other = (rim.patch(model, SOURCE, CLEAN, name, w, **units) for name in (component, site))
+        assert torch.equal(one.effects, other.effects)
+        assert other.components == component
 
 
 def test_interventions_hold_in_every_run_once():
@@ -314,7 +365,7 @@ def test_no_hook_and_no_tensor_is_left():
 
     call()
     before, held = hooks(model), call()
-    for _ in range(20):
+    for _ in range(4):
         last = call()
     assert last <= held
     assert hooks(model) == before == 0
@@ -366,6 +417,11 @@ def test_frame_and_plots():
         ({"metric": rim.LogitDifference(3, [])}, "no tokens"),
         ({"metric": rim.LogitDifference("How", ["Why", " How"])}, "How is on both sides"),
         ({"metric": 3.0}, "is no metric"),
+        ({"metric": rim.refusal_log_odds}, r"give rim.RefusalLogOdds\(\)"),
+        ({"metric": rim.LogitMetric(lambda logits: logits.sum())}, r"the metric maps logits \[3, 400\] to shape \[\]"),
+        ({"metric": rim.LogitMetric(lambda logits: 1.0)}, "to float: it must give a tensor with one number a row"),
+        ({"metric": rim.LogProbability([])}, "no tokens"),
+        ({"metric": rim.RefusalLogOdds([])}, "at least one"),
     ],
 )
 def test_bad_input_gets_one_line(changes, message):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, load_tiny, reference
+from families import load_tiny, reference
 from plain import assert_close, generated, greedy, hooked, hooks, length, some, tensors
 from tiny import TEXTS
 
@@ -27,7 +27,8 @@ def added(shift, places=slice(None)):
 
 
 @pytest.mark.parametrize(
-    ("family", "quantization"), [*((family, None) for family in FAMILIES), ("llama", "nf4"), ("gpt2", "nf4")]
+    ("family", "quantization"),
+    [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gemma2", None), ("qwen3_moe", None)],
 )
 @pytest.mark.parametrize(("site", "positions", "layers"), [("resid_post", "all", 1), ("resid_pre", "last", [0, 2])])
 def test_steering_equals_plain_hooks(family, quantization, site, positions, layers):
@@ -80,7 +81,7 @@ def test_contexts_nest_and_leave_nothing():
     plain = rim.capture(model, TEXTS, "resid_post")["resid_post"]
     assert_close(once(), plain)
     before = hooks(model), tensors()
-    for _ in range(20):
+    for _ in range(4):
         once()
     assert hooks(model) == before[0]
     assert tensors() <= before[1] + 2
