@@ -165,7 +165,6 @@ class AgainstRandom:
         return charts.distribution(
             self.to_frame().query("kind == 'random'"),
             "estimate",
-            series="kind",
             title="Do the chosen heads matter more than random ones?",
             x_title="measure with the heads ablated",
             description=f"{len(self.null)} random sets from {self.null.min():.3g} to {self.null.max():.3g}; the chosen "

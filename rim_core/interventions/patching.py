@@ -84,25 +84,12 @@ class Patched:
         place = " ".join(f"{name} {strongest[name]}" for name in ("layer", "head", "unit") if name in frame)
         about = f"Mean over {len(self.clean)} pairs. Largest: {place}, {strongest['estimate']:+.3g}."
         title = f"Where does patching {self.components} change the {self.metric}?"
+        labels: dict[str, Any] = {"title": title, "description": about}
         if self.units is not None:
-            return charts.intervals(
-                frame, "estimate", label="unit", title=title, x_title=value, description=about, reference=0.0
-            )
+            return charts.intervals(frame, label="unit", x_title=value, reference=0.0, **labels)
         if "head" in frame:
-            return charts.heatmap(
-                frame,
-                "estimate",
-                x="head",
-                y="layer",
-                title=title,
-                x_title="head",
-                y_title="layer",
-                value_title=value,
-                description=about,
-                diverging=True,
-            )
-        frame["component"] = self.components
-        return charts.by_layer(frame, "estimate", series="component", title=title, y_title=value, description=about)
+            return charts.heatmap(frame, value_title=value, diverging=True, **labels)
+        return charts.by_layer(frame, y_title=value, **labels)
 
 
 def patch(
@@ -235,11 +222,11 @@ def make_plan(
     destination: Sequence[str],
     components: str,
     metric: Metric,
-    layers: Sequence[int] | None = None,
-    positions: Positions = "last",
-    source_positions: Positions | None = None,
-    units: Sequence[Unit | Sequence[Unit]] | None = None,
-    max_tokens: int | None = None,
+    layers: Sequence[int] | None,
+    positions: Positions,
+    source_positions: Positions | None,
+    units: Sequence[Unit | Sequence[Unit]] | None,
+    max_tokens: int | None,
 ) -> Plan:
     """Check the arguments of `patch`; raises InputError or IdentityError as it does."""
     component = component_of(components)
@@ -266,14 +253,9 @@ def make_plan(
         from_where = positions_in(wanted, [len(row) for row in source_ids], "source_positions")
     for pair, (a, b) in enumerate(zip(where, from_where, strict=True)):
         if len(a) != len(b):
-            every = isinstance(positions, str) and positions == "all"
             raise InputError(
-                f"pair {pair}: {len(b)} source positions for {len(a)} destination positions: "
-                + (
-                    "'all' needs pairs of equal length in tokens; patch the last token, or name positions"
-                    if every
-                    else "name as many positions in the source as in the destination"
-                )
+                f"pair {pair}: {len(b)} source positions for {len(a)} destination positions: name as many in both "
+                "('all' needs pairs of equal length in tokens)"
             )
     chosen, runs, given = _runs(model, component, layers, units)
     order = sorted(range(len(runs)), key=lambda i: runs[i].start)
