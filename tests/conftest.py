@@ -49,7 +49,7 @@ REDUCED = {
         "n_generated_sets": "1",
         "n_token_pairs": "4",
     },
-    "self_aware/06_sparse_autoencoder": {
+    "self_aware/08_sparse_autoencoder": {
         "n_train": "8",
         "n_fit": "4",
         "n_pairs": "16",
