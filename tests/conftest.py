@@ -47,8 +47,9 @@ REDUCED = {
         "n_random_sets": "20",
         "n_probe": "2",
         "n_generated_sets": "1",
-        "n_token_pairs": "4",
     },
+    "self_aware/06_logit_lens": {"n_select": "2", "n_test": "3", "n_random_sets": "20", "n_probe": "2"},
+    "self_aware/07_head_attribution": {"n_select": "2", "n_test": "3", "n_token_pairs": "4"},
     "self_aware/08_sparse_autoencoder": {
         "n_train": "8",
         "n_fit": "4",

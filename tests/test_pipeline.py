@@ -35,15 +35,17 @@ def output_text(results: Path, notebook: str) -> str:
     return "\n".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in found)
 
 
+SUPPRESSION = ("04_heads_and_neurons", "05_suppression_heads", "06_logit_lens")
+
+
 @pytest.fixture(scope="module")
 def planted_results(project_copy, tmp_path_factory) -> Path:
     # The notebooks' own sizes, and for the answers larger ones, take seconds on so small a model.
-    sizes = {"self_aware/05_suppression_heads": {"n_test": "26", "n_probe": "26"}}
+    larger = {"n_test": "26", "n_probe": "26"}
+    sizes = {"self_aware/05_suppression_heads": larger, "self_aware/06_logit_lens": larger}
     project = project_copy(tmp_path_factory.mktemp("planted"), sizes)
     suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
-    rim_command(
-        project, "run", "self_aware/04_heads_and_neurons", "self_aware/05_suppression_heads", "--suite", str(suite)
-    )
+    rim_command(project, "run", *(f"self_aware/{name}" for name in SUPPRESSION), "--suite", str(suite))
     return project / "results" / suite.stem
 
 
