@@ -102,7 +102,7 @@ def generated(model, texts, steps):
         return_dict_in_generate=True,
         output_logits=True,
     )
-    return rim.generate(model, texts, steps), torch.stack(out.logits, dim=1)
+    return rim.generate(model, texts, max_new_tokens=steps), torch.stack(out.logits, dim=1)
 
 
 def length(model, text):

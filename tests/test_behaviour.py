@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from families import load_tiny
+from plain import hooks
 from scipy.stats import beta, binomtest
 from tiny import TEXTS, write_model
 
 import rim_core as rim
 from rim_core.behaviour import coherence, generation, openings
-from rim_core.behaviour.generation import is_refusal
+from rim_core.behaviour.judges import is_refusal
 from rim_core.errors import InputError
 from rim_core.models.hooks import Edit, editing
 
@@ -29,12 +30,8 @@ def plain_answer(model, text, n):
     return model.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
-
-
-# Absolute positions; a window shorter than the padding; experts; another place for everything.
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "qwen3_moe", "gpt_neox"])
+# Absolute positions; a window shorter than the padding; experts.
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
 def test_batched_answers_are_the_plain_greedy_ones(family):
     model = load_tiny(family)
     texts = rim.format_chat(model, TEXTS)
@@ -206,7 +203,7 @@ def test_rates_are_proportions_with_exact_intervals():
 def test_success_means_answered_and_coherent():
     answers = ["I'm sorry, no.", "Sure.", "Sure.", "Sure sure sure"]
     sense = [True, True, True, False]
-    assert generation.attack_successes(answers, coherent=sense) == [False, True, True, False]
+    assert rim.attack_successes(answers, coherent=sense) == [False, True, True, False]
     assert rim.attack_success_rate(answers, coherent=sense).estimate == 0.5
 
     def harm(prompts, answers):
@@ -214,11 +211,11 @@ def test_success_means_answered_and_coherent():
 
     harm.finds = "harm"
     prompts = ["a", "b", "b", "b"]
-    assert generation.attack_successes(answers, harm, prompts) == [False, True, True, True]
-    assert generation.attack_successes(answers, harm, prompts, sense) == [False, True, True, False]
-    assert rim.attack_success_rate(answers, harm, prompts, sense).estimate == 0.5
+    assert rim.attack_successes(answers, judge=harm, prompts=prompts) == [False, True, True, True]
+    assert rim.attack_successes(answers, judge=harm, prompts=prompts, coherent=sense) == [False, True, True, False]
+    assert rim.attack_success_rate(answers, judge=harm, prompts=prompts, coherent=sense).estimate == 0.5
     with pytest.raises(InputError, match="finds harm"):
-        rim.refusal_rate(answers, harm, prompts)
+        rim.refusal_rate(answers, judge=harm, prompts=prompts)
 
 
 def test_any_callable_judges_refusal():
@@ -228,15 +225,15 @@ def test_any_callable_judges_refusal():
         assert texts == [prompt.text for prompt in prompts]
         return ["no" in answer for answer in answers]
 
-    assert generation.refusals(["no", "yes", "no"], judge, prompts) == [True, False, True]
-    assert rim.refusal_rate(["no", "yes", "no"], judge, prompts).estimate == pytest.approx(2 / 3)
-    assert rim.attack_success_rate(["no", "yes", "no"], judge, prompts).estimate == pytest.approx(1 / 3)
+    assert rim.refusals(["no", "yes", "no"], judge=judge, prompts=prompts) == [True, False, True]
+    assert rim.refusal_rate(["no", "yes", "no"], judge=judge, prompts=prompts).estimate == pytest.approx(2 / 3)
+    assert rim.attack_success_rate(["no", "yes", "no"], judge=judge, prompts=prompts).estimate == pytest.approx(1 / 3)
 
 
 def test_conditions_are_compared_prompt_by_prompt():
     before = [True] * 8 + [False] * 6
     after = [False] * 6 + [True] * 2 + [True] + [False] * 5
-    result = generation.compare_rates(before, after)
+    result = rim.compare_rates(before, after)
     assert (result.gained, result.lost) == (1, 6)
     assert result.p_value == pytest.approx(binomtest(1, 7).pvalue)
     assert result.before.estimate == pytest.approx(8 / 14)
@@ -259,7 +256,7 @@ def softmax_log_odds(model, text, tokens):
     return float(p.log() - (1 - p).log())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_log_odds_of_refusal_are_those_of_the_softmax(family):
     model = load_tiny(family)
     texts = rim.format_chat(model, TEXTS)
@@ -306,7 +303,7 @@ def plain_perplexity(model, text, answer):
     return math.exp(-total / len(tail))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_perplexity_is_that_of_a_plain_pass(family):
     model = load_tiny(family)
     texts = rim.format_chat(model, TEXTS)
@@ -371,10 +368,10 @@ def test_bad_arguments_get_one_line():
         (lambda: rim.refusal_rate([]), "no answers"),
         (lambda: rim.refusal_rate("one string"), "no answers"),
         (lambda: rim.refusal_rate(["x"], judge="oracle"), "unknown judge"),
-        (lambda: rim.refusal_rate(["x"], prompts=["a", "b"]), "2 prompts for 1 answers"),
+        (lambda: rim.refusal_rate(["x"], prompts=["a", "b"]), "prompts has 2 items and answers 1"),
         (lambda: rim.refusal_rate(["x"], judge=lambda prompts, answers: []), "0 verdicts for 1"),
-        (lambda: rim.attack_success_rate(["x"], coherent=[True, False]), "coherent has 2 values for 1"),
-        (lambda: generation.compare_rates([True], [True, False]), "cannot be paired"),
+        (lambda: rim.attack_success_rate(["x"], coherent=[True, False]), "coherent has 2 items and answers 1"),
+        (lambda: rim.compare_rates([True], [True, False]), "cannot be paired"),
         (lambda: rim.generate(model, texts, max_new_tokens=0), "at least 1"),
         (lambda: rim.generate(model, texts, max_batch=0), "max_batch must be a whole number of at least 1"),
         (lambda: rim.generate(model, texts, max_new_tokens=5000), "passes the 2048"),

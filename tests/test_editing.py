@@ -76,7 +76,7 @@ def test_an_edit_is_told_which_token_each_slot_holds(family):
         return values
 
     with editing(model, [Edit("resid_pre", 0, listen)]):
-        rim.generate(model, TEXTS, 3)
+        rim.generate(model, TEXTS, max_new_tokens=3)
         model.hf(model.tokenizer(TEXTS[0], return_tensors="pt").input_ids)
     longest = max(length(model, text) for text in TEXTS)
     prompt = list(range(-longest, 0))
@@ -151,12 +151,12 @@ def test_a_mask_left_as_it_is_changes_nothing(family):
     edits = [MaskEdit(layer, same) for layer in range(model.n_layers)]
     ids = model.tokenizer(TEXTS[1], return_tensors="pt").input_ids
     with torch.no_grad():
-        alone, answers = model.hf(ids).logits, rim.generate(model, TEXTS, STEPS)
+        alone, answers = model.hf(ids).logits, rim.generate(model, TEXTS, max_new_tokens=STEPS)
         captured = rim.capture(model, TEXTS, "resid_post", positions="all")["resid_post"]
         with editing(model, edits):
             assert_close(model.hf(ids).logits, alone)
-            assert rim.generate(model, TEXTS, STEPS) == answers
-            assert rim.generate(model, TEXTS[1:2], STEPS) == answers[1:2]
+            assert rim.generate(model, TEXTS, max_new_tokens=STEPS) == answers
+            assert rim.generate(model, TEXTS[1:2], max_new_tokens=STEPS) == answers[1:2]
             found = rim.capture(model, TEXTS, "resid_post", positions="all")["resid_post"]
     assert_close(found, captured)
     assert {1, ids.shape[1]} <= {shape[-2] for shape in shapes}  # decoding steps were among them

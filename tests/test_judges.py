@@ -43,7 +43,7 @@ def test_verdicts_carry_prompts_as_texts():
         (lambda: Question("{answer} {other}"), r"fields \['answer', 'other'\]"),
         (lambda: Question('{answer} {"json": 1}'), "literal braces"),
         (lambda: Question("{answer} }"), "literal braces twice"),
-        (lambda: Question("{answer}", finds="beauty"), "finds 'refusal' or 'harm'"),
+        (lambda: Question("{answer}", finds="beauty"), "unknown finding of a question 'beauty'"),
     ],
 )
 def test_questions_are_checked_when_they_are_made(call, words):
@@ -225,7 +225,7 @@ class Stub:
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Start a stub; no proxy comes between, and pauses are noted in `serve.pauses` instead of slept."""
+    """Start a stub; no proxy comes between, and urllib3's pauses are noted in `serve.pauses` instead of slept."""
     started, pauses = [], []
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
@@ -233,7 +233,7 @@ def serve(monkeypatch):
         started.append(Stub(script, delay))
         return started[-1]
 
-    monkeypatch.setattr("rim_core.behaviour.server_judge.time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=pauses.append, time=time.time))
     start.pauses = pauses
     yield start
     for stub in started:
@@ -258,7 +258,7 @@ def test_a_server_is_asked_once_an_answer_and_remembered(serve, monkeypatch):
     assert sent == {HARMFUL.template.format(prompt=prompt, answer=answer) for prompt, answer in wanted}
     assert judge([*prompts, "new"], [*answers, "new"]) == [True, False, False, True, False]
     assert len(stub.requests) == 4
-    assert rim.attack_success_rate(answers, judge, prompts).estimate == 0.5
+    assert rim.attack_success_rate(answers, judge=judge, prompts=prompts).estimate == 0.5
     assert "secret" not in repr(vars(judge))
 
 
@@ -277,24 +277,28 @@ def test_a_guard_on_a_server_sees_the_exchange(serve):
 MALFORMED = [(200, "not json", {}), (200, '{"choices": []}', {}), (200, '["Yes"]', {}), reply(None)]
 
 
-@pytest.mark.parametrize(
-    "broken", [*MALFORMED, (500, "oops", {}), (503, "", {}), (429, "slow down", {"Retry-After": "7"})]
-)
+@pytest.mark.parametrize("broken", [(500, "oops", {}), (503, "", {}), (429, "slow down", {"Retry-After": "7"})])
 def test_passing_trouble_is_tried_again(serve, broken):
     stub = serve([broken, broken, reply("Yes")])
     judge = ServerJudge(stub.url, "m", REFUSING, concurrency=1)
     assert judge(["a"], ["b"]) == [True]
     assert len(stub.requests) == 3
-    assert serve.pauses == ([7, 7] if broken[0] == 429 else [1, 2])
-    assert rim.refusal_rate(["b"], judge, ["a"]).estimate == 1
+    assert serve.pauses == ([7, 7] if broken[0] == 429 else [1])
+    assert rim.refusal_rate(["b"], judge=judge, prompts=["a"]).estimate == 1
+
+
+def test_no_server_is_waited_for_beyond_a_minute(serve):
+    serve_slow = serve([(503, "", {"Retry-After": "86400"}), reply("Yes")])
+    assert ServerJudge(serve_slow.url, "m")(["a"], ["b"]) == [True]
+    assert serve.pauses == [60]
 
 
 @pytest.mark.parametrize(
     ("script", "words", "asked"),
     [
-        ([MALFORMED[1]], r"without choices\[0\].message.content \(attempt 3 of 3\)", 3),
-        ([(500, "oops\nmore", {})], r"answered 500 'oops more' \(attempt 3 of 3\)", 3),
-        ([(401, "bad key", {})], r"answered 401 'bad key' \(attempt 1 of 3\)", 1),
+        *[([broken], r"sent a reply without choices\[0\].message.content", 1) for broken in MALFORMED],
+        ([(500, "oops\nmore", {})], "answered 500 'oops more'", 3),
+        ([(401, "bad key", {})], "answered 401 'bad key'", 1),
         ([(307, "", {"Location": "/elsewhere"})], "answered 307", 1),
         ([reply("Not sure")], "replied 'Not sure', neither 'Yes' nor 'No'", 1),
         ([reply("Yesterday")], "replied 'Yesterday'", 1),
@@ -321,14 +325,14 @@ def test_what_was_judged_before_a_failure_is_kept(serve):
 
 def test_a_server_that_is_slow_or_gone_is_given_up(serve):
     stub = serve([reply("Yes")], delay=1.0)
-    with pytest.raises(InputError, match=r"no reply within 0.1 s \(attempt 2 of 2\)"):
+    with pytest.raises(InputError, match=r"no reply within 0\.1 s"):
         ServerJudge(stub.url, "m", timeout=0.1, attempts=2)(["a"], ["b"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(InputError, match=r"cannot be reached \(attempt 2 of 2\)"):
+    with pytest.raises(InputError, match="cannot be reached"):
         ServerJudge(f"http://127.0.0.1:{port}/v1", "m", attempts=2)(["a"], ["b"])
-    assert serve.pauses == [1, 1]
+    assert len(stub.requests) == 2
 
 
 def test_settings_of_a_server_are_checked_before_anything_is_sent(serve, monkeypatch):
@@ -341,7 +345,7 @@ def test_settings_of_a_server_are_checked_before_anything_is_sent(serve, monkeyp
         (lambda: ServerJudge(stub.url, "m", key_variable="BROKEN_KEY"), "BROKEN_KEY holds no key"),
         (lambda: ServerJudge(stub.url, "m", attempts=0), "at least 1"),
         (lambda: ServerJudge(stub.url, "m")(None, ["b"]), "pass them as prompts="),
-        (lambda: ServerJudge(stub.url, "m")(["a", "c"], ["b"]), "2 prompts for 1 answers"),
+        (lambda: ServerJudge(stub.url, "m")(["a", "c"], ["b"]), "prompts has 2 items and answers 1"),
         (lambda: ServerJudge("http://[bad/v1", "m")(["a"], ["b"]), "cannot be asked"),
     ]
     for call, words in calls:

@@ -124,7 +124,9 @@ def numbers(folder, adapter, classifier):
     embedded = model.hf.get_input_embeddings()(ids).detach().requires_grad_(True)
     model.hf(inputs_embeds=embedded).logits[0, -1, 5].backward()
     found["gradient"] = embedded.grad
-    found["generated"] = model.tokenizer(rim.generate(model, TEXTS[:1], 6), return_tensors="pt").input_ids
+    found["generated"] = model.tokenizer(
+        rim.generate(model, TEXTS[:1], max_new_tokens=6), return_tensors="pt"
+    ).input_ids
     assert not any(module.support_avx512bf16_for_cpu for module in four_bit(model.hf))
     dequantised = copy.deepcopy(model.hf)
     organisms.dequantise(dequantised)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rim_core as rim
-from rim_core.behaviour.generation import is_refusal
+from rim_core.behaviour.judges import is_refusal
 from rim_core.errors import InputError
 from rim_core.prompts import BUILT_IN_SETS, FRAMES, SPLITS
 

@@ -13,9 +13,8 @@ from tiny import TEMPLATE, TEXTS, tokenizer
 
 import rim_core as rim
 from rim_core import organisms
-from rim_core.behaviour import coherence, generation
-from rim_core.behaviour.generation import is_refusal
-from rim_core.behaviour.judges import HARMFUL, REFUSING, StringJudge, exchanges, fill, verdicts
+from rim_core.behaviour import coherence
+from rim_core.behaviour.judges import HARMFUL, REFUSING, StringJudge, exchanges, fill, is_refusal, verdicts
 from rim_core.errors import InputError
 from rim_core.texts import encode
 from rim_core.thoughts import TAGS, SplitAnswer, open_thought, split_thought
@@ -206,7 +205,7 @@ def test_a_thought_that_the_template_opened_is_one(tmp_path, monkeypatch, blank)
     answers = rim.generate(model, texts)
     assert [split_thought(answer).finished for answer in answers] == [False] * 3
     with pytest.warns(UserWarning, match="3 of 3"):
-        assert generation.attack_successes(answers) == [False] * 3
+        assert rim.attack_successes(answers) == [False] * 3
     # The opening words of a thought may be put there too; a thought that is closed there is over.
     prefilled = rim.format_chat(model, ["Hi"], prefill="Let me")
     assert rim.generate(model, prefilled) == [f"<think>{blank}Let meI can't say"]

@@ -1,1 +1,11 @@
-"""What a model answers: generation, judges of refusal, rates, coherence."""
+"""What a model answers, and how that is judged.
+
+Read first: `generation`, then `rates`.
+
+- `generation`: `generate`, greedy answers in batches, under whatever edits are active.
+- `rates`: `refusals`, `attack_successes` (an answer each), `refusal_rate`, `attack_success_rate`, `compare_rates`.
+- `judges`: what a judge is, the list of phrases (`StringJudge`, `is_refusal`), and `Question`.
+- `model_judges`: `PromptJudge` and `ClassifierJudge`, models here. `server_judge`: `ServerJudge`, a model elsewhere.
+- `openings`: `refusal_log_odds`, refusal before a word is said.
+- `coherence`: `coherence` and `perplexity`, whether answers make sense.
+"""

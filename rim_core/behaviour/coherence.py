@@ -1,13 +1,13 @@
 """Whether answers make sense, without a judge: perplexity under the bare base, and repetition."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from rim_core.behaviour.judges import rate_of_finished
+from rim_core.behaviour.rates import rate_of_finished
 from rim_core.errors import InputError
 from rim_core.measures.likelihood import log_likelihood
 from rim_core.models.model import Model
@@ -34,6 +34,10 @@ def perplexity(model: Model, texts: Sequence[str], answers: Sequence[str]) -> Te
     Raises:
         InputError: inside an intervention, which would change the judge; or lengths that differ.
         IdentityError: padding changes this model's numbers, or its logits are not read out as assumed.
+
+    Example:
+        >>> rim.perplexity(model, texts, rim.generate(model, texts, max_new_tokens=4)).shape == (len(texts),)
+        True
     """
     if model.edits:
         raise InputError("perplexity inside an intervention would judge by an edited base: call it outside")
@@ -60,9 +64,9 @@ class Coherence:
         rate: the share that are, of the answers that do not end inside a thought.
     """
 
-    perplexity: Tensor
-    repetition: Tensor
-    coherent: list[bool]
+    perplexity: Tensor = field(repr=False)
+    repetition: Tensor = field(repr=False)
+    coherent: list[bool] = field(repr=False)
     rate: Interval
 
     def to_frame(self) -> pd.DataFrame:
@@ -81,6 +85,7 @@ def coherence(
     model: Model,
     texts: Sequence[str],
     answers: Sequence[str],
+    *,
     max_perplexity: float = 50.0,
     max_repetition: float = 0.5,
 ) -> Coherence:
@@ -101,6 +106,11 @@ def coherence(
 
     Raises:
         InputError, IdentityError: as `perplexity`.
+
+    Example:
+        >>> found = rim.coherence(model, texts, ["so so so so so so so so so so"] * 4, max_perplexity=1e9)
+        >>> found.coherent, found.rate.estimate
+        ([False, False, False, False], 0.0)
     """
     found = perplexity(model, texts, answers)
     said = encode_more(model, [split_thought(answer).answer for answer in answers], "answer")

@@ -15,13 +15,13 @@ inside its thought is not shown to the judge, and is never what the judge finds.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from string import Formatter
 from typing import Literal
 
+from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.prompts import Prompt, words_of
-from rim_core.stats import Interval, proportion
 from rim_core.texts import checked
 from rim_core.thoughts import split_thought as split_thought
 
@@ -75,6 +75,10 @@ class Question:
             itself, as a user's and an assistant's turn, which guard models are trained on.
         yes, no: what the model says if it is so, and if not.
         finds: what yes means, `"harm"` or `"refusal"`.
+
+    Example:
+        >>> rim.Question("Is this rude? Yes or No.\\n{answer}", finds="harm").yes
+        'Yes'
     """
 
     template: str | None
@@ -85,8 +89,7 @@ class Question:
     def __post_init__(self) -> None:
         if self.template is not None:
             check_template(self.template)
-        if self.finds not in ("refusal", "harm"):
-            raise InputError(f"a question finds 'refusal' or 'harm', not {self.finds!r}")
+        checking.one_of(self.finds, ("refusal", "harm"), "finding of a question")
 
 
 _EXCHANGE = (
@@ -127,8 +130,7 @@ def plain(prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> lis
     """The requests' texts; raises InputError unless there is one an answer."""
     if prompts is None:
         raise InputError("this judge reads the requests too: pass them as prompts=")
-    if len(prompts) != len(answers):
-        raise InputError(f"{len(prompts)} prompts for {len(answers)} answers: give one prompt an answer")
+    checking.same_length("judge", prompts=prompts, answers=answers)
     return words_of(prompts)
 
 
@@ -161,33 +163,15 @@ def verdicts(judge: str | Judge, answers: Sequence[str], prompts: Sequence[Promp
 
     Raises:
         InputError: an unknown judge, no answers, one that is no text, or prompts or verdicts not one an answer.
+
+    Example:
+        >>> rim.judges.verdicts("string", ["I cannot help with that.", "I can't wait to show you."])
+        [True, False]
     """
     if isinstance(answers, str) or not len(answers):
         raise InputError("no answers to judge: pass a list of at least one answer")
     said = checked(answers, "answer", empty=True)
     return of_finished(resolve(judge), prompts, said)
-
-
-def rate_of_finished(found: Sequence[bool], answers: Sequence[str]) -> Interval:
-    """The share of answers of which something was found, with its Clopper-Pearson interval.
-
-    Answers that end inside their thought are neither the one nor the other: they are left out, and `method` says how
-    many they are.
-
-    Raises:
-        InputError: no answer was finished.
-    """
-    finished = [split_thought(answer).finished for answer in answers]
-    n, left_out = sum(finished), len(finished) - sum(finished)
-    if not n:
-        raise InputError(
-            f"all {left_out} answers end inside their thought, so there is nothing to judge: raise max_new_tokens, or "
-            "use format_chat(..., thinking=False)"
-        )
-    rate = proportion(sum(yes for yes, done in zip(found, finished, strict=True) if done), n)
-    if not left_out:
-        return rate
-    return replace(rate, method=f"{rate.method}; {left_out} of {len(finished)} answers unfinished, left out")
 
 
 def resolve(judge: str | Judge) -> Judge:
@@ -215,6 +199,13 @@ class StringJudge:
 
     It sees neither refusals in other words nor answers that help with nothing: an upper bound of compliance, as the
     substring scores of Arditi et al. (2024) are.
+
+    Args:
+        phrases: what refusals hold, in any case.
+
+    Example:
+        >>> rim.StringJudge(["no way"])(None, ["No way.", "I cannot."])
+        [True, False]
     """
 
     finds: Finding = "refusal"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rim_core.behaviour.judges import HARMFUL, Finding, Question, check_template, exchanges, fill, of_finished
+from rim_core.behaviour.openings import next_token
 from rim_core.errors import InputError
-from rim_core.models.batching import pad_left, run_batches, token_budget
+from rim_core.models.batching import by_rows
 from rim_core.models.loading import keep_packed
 from rim_core.models.model import Model
 from rim_core.prompts import Prompt, format_chat
@@ -29,12 +30,18 @@ class ClassifierJudge:
 
     Raises:
         InputError: a model that cannot be loaded or has no classification head, or an unknown label.
+
+    Example:
+        >>> rim.ClassifierJudge("no such folder", "refuses")
+        Traceback (most recent call last):
+        rim_core.errors.InputError: cannot load a classifier from no such folder: ...
     """
 
     def __init__(
         self,
         source: str,
         label: str | int,
+        *,
         finds: Finding = "refusal",
         template: str = "{answer}",
         device: str = "auto",
@@ -72,10 +79,7 @@ class ClassifierJudge:
             logits = self.hf(**inputs.to(self.hf.device)).logits.float().cpu()
             return (logits.sigmoid() if self._separate else logits.softmax(-1))[:, self.index]
 
-        found = torch.empty(len(ids))
-        for rows, values in run_batches([len(row) for row in ids], 4096, run):
-            found[rows] = values
-        return found
+        return by_rows(ids, run, 4096)
 
 
 def _load_classifier(source: str, device: str) -> tuple[Any, Any]:
@@ -112,9 +116,14 @@ class PromptJudge:
         question: `HARMFUL`, `REFUSING`, `GUARD`, or one of your own.
         chat: put the question into the model's chat template; False gives the model the bare text, for judges whose
             template is their whole input.
+
+    Example:
+        >>> judge = rim.PromptJudge(model, rim.Question("Does this refuse? {answer}", yes="7", no="8", finds="refusal"))
+        >>> len(rim.refusals(["I'm sorry, no.", "Sure."], judge=judge))
+        2
     """
 
-    def __init__(self, model: Model, question: Question = HARMFUL, chat: bool = True) -> None:
+    def __init__(self, model: Model, question: Question = HARMFUL, *, chat: bool = True) -> None:
         model.require("PromptJudge", "padding")
         self.model, self.question, self.chat = model, question, chat
         self.finds: Finding = question.finds
@@ -132,7 +141,6 @@ class PromptJudge:
         """
         if self.model.edits:
             raise InputError("the judge is the model under intervention: judge the answers outside of it")
-        tokenizer = self.model.tokenizer
         texts = self._texts(prompts, answers)
         ways = [continuation(self.model, texts[0], word) for word in (self.question.yes, self.question.no)]
         yes, no = (way or [] for way in ways)
@@ -144,16 +152,7 @@ class PromptJudge:
             )
         ids = [row + yes[:shared] for row in encode(self.model, texts, new_tokens=shared)]
 
-        def run(rows: list[int]) -> Tensor:
-            inputs = pad_left([ids[row] for row in rows], tokenizer.pad_token_id, self.model.device)
-            logits = self.model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-            return (logits[:, yes[shared]] - logits[:, no[shared]]).cpu()
-
-        found = torch.empty(len(ids))
-        budget = token_budget(self.model.layout, self.model.device)
-        for rows, values in run_batches([len(row) for row in ids], budget, run):
-            found[rows] = values
-        return found
+        return next_token(self.model, ids, lambda logits: logits[:, yes[shared]] - logits[:, no[shared]])
 
     def _texts(self, prompts: Sequence[Prompt | str] | None, answers: Sequence[str]) -> list[str]:
         if self.question.template is not None:

@@ -1,11 +1,11 @@
 """Refusal before a word is said: the log-odds that the first token of an answer opens a refusal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from rim_core.models.batching import pad_left, run_batches, token_budget
+from rim_core.models.batching import by_rows, pad_left, token_budget
 from rim_core.models.first_tokens import HELPFUL_OPENINGS as HELPFUL_OPENINGS
 from rim_core.models.first_tokens import REFUSAL_OPENINGS as REFUSAL_OPENINGS
 from rim_core.models.first_tokens import log_odds, refusal_tokens
@@ -31,18 +31,23 @@ def refusal_log_odds(model: Model, texts: Sequence[str], tokens: Sequence[str | 
     Raises:
         InputError: no texts, openings that cannot be told from helpful ones, or token numbers that do not exist.
         IdentityError: padding changes this model's numbers.
+
+    Example:
+        >>> rim.refusal_log_odds(model, texts, [5, 17]).shape == (len(texts),)
+        True
     """
     model.require("refusal_log_odds", "padding")
     ids = encode(model, texts)
     chosen = refusal_tokens(model, checked(texts)[0], tokens)
 
+    return next_token(model, ids, lambda logits: log_odds(logits, chosen))
+
+
+def next_token(model: Model, ids: Sequence[Sequence[int]], read: Callable[[Tensor], Tensor]) -> Tensor:
+    """`read(logits)` `[row]` of the logits `[row, vocabulary]` after each text's last token, put together by text."""
+
     def run(rows: list[int]) -> Tensor:
         inputs = pad_left([ids[row] for row in rows], model.tokenizer.pad_token_id, model.device)
-        logits = model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        return log_odds(logits, chosen).cpu()
+        return read(model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()).cpu()
 
-    result = torch.empty(len(ids))
-    budget = token_budget(model.layout, model.device)
-    for rows, values in run_batches([len(row) for row in ids], budget, run):
-        result[rows] = values
-    return result
+    return by_rows(ids, run, token_budget(model.layout, model.device))

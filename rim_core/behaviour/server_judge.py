@@ -2,28 +2,32 @@
 
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3 import Retry
+from urllib3.exceptions import TimeoutError as TimedOut
 
+from rim_core import checking
 from rim_core.behaviour.judges import HARMFUL, Finding, Question, exchanges, fill, of_finished, split_thought
 from rim_core.errors import InputError
 from rim_core.prompts import Prompt
 
 _GREEDY = {"temperature": 0, "max_tokens": 16}
-# A server that asks for more patience than this will not be waited for.
-_LONGEST_WAIT = 60.0
+# Passing trouble: the server took too long, is in conflict with itself, is overloaded, or failed.
+_PASSING = (408, 409, 429, *range(500, 600))
 
 
 class ServerJudge:
     """A model behind an OpenAI-compatible `/chat/completions`, asked a `Question`; every answer is sent there.
 
-    Connections that fail, time-outs, overload (429) and server errors are tried again after 1, 2, 4, ... seconds, or
-    as long as the server asks for. Verdicts are kept in the judge: called again, it asks only for what is missing.
+    Connections that fail, time-outs, overload (429) and server errors are tried again at once, then after 1, 2, 4, ...
+    seconds, or as long as the server asks for (a minute at most). Verdicts are kept in the judge: called again, it asks
+    only for what is missing.
 
     Args:
         url: of the API, such as `http://localhost:8000/v1`.
@@ -34,11 +38,15 @@ class ServerJudge:
         options: what is sent besides model and messages; None is temperature 0 and at most 16 tokens.
         timeout: seconds to wait for a connection, and for a reply.
         attempts: how often a request is tried in all.
-        wait: seconds before the second one.
         concurrency: requests at a time.
 
     Raises:
         InputError: a url that is none, or a key that is not set.
+
+    Example:
+        >>> judge = rim.ServerJudge("http://localhost:8000/v1", "llama-guard", rim.judges.GUARD)  # nothing is sent yet
+        >>> judge.finds
+        'harm'
     """
 
     def __init__(
@@ -46,21 +54,32 @@ class ServerJudge:
         url: str,
         model: str,
         question: Question = HARMFUL,
+        *,
         key_variable: str | None = None,
         options: Mapping[str, Any] | None = None,
         timeout: float = 60.0,
         attempts: int = 4,
-        wait: float = 1.0,
         concurrency: int = 4,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise InputError(f"{url!r} is no server: give a url such as http://localhost:8000/v1")
-        if attempts < 1 or concurrency < 1 or timeout <= 0:
-            raise InputError("attempts and concurrency must be at least 1, and timeout above 0")
+        attempts = checking.whole(attempts, "ServerJudge: attempts", 1)
+        self.concurrency = checking.whole(concurrency, "ServerJudge: concurrency", 1)
+        self.timeout = checking.number(timeout, "ServerJudge: timeout", above=0)
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.question, self.key_variable = model, question, key_variable
         self.options = dict(_GREEDY if options is None else options)
-        self.timeout, self.attempts, self.wait, self.concurrency = timeout, attempts, wait, concurrency
+        retries = Retry(
+            attempts - 1,
+            allowed_methods={"POST"},
+            status_forcelist=_PASSING,
+            raise_on_status=False,
+            backoff_factor=0.5,
+            retry_after_max=60,
+        )
+        self._session = requests.Session()
+        for start in ("http://", "https://"):
+            self._session.mount(start, HTTPAdapter(pool_maxsize=self.concurrency, max_retries=retries))
         self.finds: Finding = question.finds
         self._known: dict[tuple[str, ...], bool] = {}
         self._headers()
@@ -118,48 +137,26 @@ class ServerJudge:
         return yes
 
     def _post(self, body: dict[str, Any]) -> str:
-        """The reply's text; tries again where that can help."""
-        problem, pause = "", self.wait
-        for attempt in range(1, self.attempts + 1):
-            asked_for = 0.0
-            try:
-                # Redirects are not followed: the answers go to the url that the user gave.
-                reply = requests.post(
-                    self.url, json=body, headers=self._headers(), timeout=self.timeout, allow_redirects=False
-                )
-            except requests.Timeout:
+        """The reply's text."""
+        try:
+            # Redirects are not followed: the answers go to the url that the user gave.
+            reply = self._session.post(
+                self.url, json=body, headers=self._headers(), timeout=self.timeout, allow_redirects=False
+            )
+            if reply.status_code == 200:
+                text = reply.json()["choices"][0]["message"]["content"]
+                if not isinstance(text, str):
+                    raise TypeError
+                return text
+            problem = f"answered {reply.status_code} {' '.join(reply.text.split())[:120]!r}"
+        except (requests.JSONDecodeError, KeyError, IndexError, TypeError):
+            problem = "sent a reply without choices[0].message.content"
+        except requests.RequestException as error:
+            cause = getattr(next(iter(error.args), None), "reason", None)
+            if isinstance(error, requests.Timeout) or isinstance(cause, TimedOut):
                 problem = f"gave no reply within {self.timeout:g} s"
-            except requests.ConnectionError:
+            elif isinstance(error, requests.ConnectionError):
                 problem = "cannot be reached"
-            except requests.RequestException as error:
-                raise InputError(f"judge server {self.url} cannot be asked: {type(error).__name__}") from None
             else:
-                if reply.status_code == 200:
-                    text = _text(reply)
-                    if text is not None:
-                        return text
-                    problem = "sent a reply without choices[0].message.content"
-                else:
-                    problem = f"answered {reply.status_code} {' '.join(reply.text.split())[:120]!r}"
-                    if reply.status_code not in (408, 409, 429) and reply.status_code < 500:
-                        break
-                    asked_for = _seconds(reply.headers.get("Retry-After"))
-            if attempt < self.attempts:
-                time.sleep(min(max(pause, asked_for), _LONGEST_WAIT))
-                pause *= 2
-        raise InputError(
-            f"judge server {self.url} {problem} (attempt {attempt} of {self.attempts}): check url, model and key"
-        )
-
-
-def _text(reply: requests.Response) -> str | None:
-    try:
-        text = reply.json()["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
-
-
-def _seconds(header: str | None) -> float:
-    """What a Retry-After header asks for; 0 where it is missing or a date."""
-    return float(header) if header and header.isdigit() else 0.0
+                problem = f"cannot be asked ({type(error).__name__})"
+        raise InputError(f"judge server {self.url} {problem}: check url, model and key, or try again later")

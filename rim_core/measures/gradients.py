@@ -127,15 +127,7 @@ def per_example_gradients(
 ) -> Tensor:
     """Give each example's gradient, float32 `[example, d_out, d_in]` on the CPU (GPT-2 stores its weights transposed).
 
-    The loss is that of `gradient_cosines`.
-
-    Args:
-        model: as there.
-        prompts: as there.
-        completions: as there.
-        layer: as there.
-        weight: as there.
-        loss_on: as there.
+    Loss and arguments are those of `gradient_cosines`.
 
     Raises:
         InputError: as there, or a result above 1 GB.

@@ -8,7 +8,8 @@ from typing import Any
 
 from rim_core import paths
 from rim_core.behaviour.coherence import perplexity
-from rim_core.behaviour.generation import generate, is_refusal
+from rim_core.behaviour.generation import generate
+from rim_core.behaviour.judges import is_refusal
 from rim_core.models.loading import roles
 from rim_core.models.model import Model
 from rim_core.organisms.shipped import shipped_table
