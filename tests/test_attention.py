@@ -1,5 +1,7 @@
 """Attention patterns, against Hugging Face's own eager attention, closed forms and knocked-out keys."""
 
+import json
+
 import pytest
 import torch
 from families import family_folder, load_tiny, write_family
@@ -114,8 +116,8 @@ def test_a_learned_sink_s_share_is_shown(tmp_path):
     row = last.to_frame().set_index(["query", "layer", "head"]).loc[(-1, 1, 2)]
     assert row["sink"] == pytest.approx(float(last.sink[:, 1, 2].mean()))
     spec = last.plot().to_dict()
-    assert "the sink takes" in spec["description"]
-    assert "highest: layer" in found.plot("sink").to_dict()["description"]
+    assert "(0: the sink)" in json.dumps(spec)
+    assert "Which heads look at “sink”?" in found.plot("sink").to_dict()["description"]
 
 
 def test_a_softmax_with_one_in_its_denominator_leaves_a_sink(monkeypatch):
@@ -244,7 +246,7 @@ def test_frames_and_pictures():
     for chart in charts:
         assert len(chart.to_dict()["description"]) > 40
     layer, head = divmod(int(spans.mass[..., 1].mean(0).argmax()), model.n_heads)
-    assert f"highest: layer {layer}, head {head} with" in charts[2].to_dict()["description"]
+    assert f"(layer {layer}, head {head})." in charts[2].to_dict()["description"]
     with pytest.raises(InputError, match="no layer 7"):
         patterns.plot(layer=7)
     with pytest.raises(InputError, match="no span 'middle'; this holds start, end"):
@@ -257,8 +259,8 @@ def test_frames_and_pictures():
         ({"layers": [3]}, "layer 3 is out of range"),
         ({"layers": []}, "layers: none given"),
         ({"queries": "first"}, "unknown queries 'first'"),
-        ({"queries": 0}, "query 0 is out of range"),
-        ({"queries": [-1, -400]}, "query -400 is out of range"),
+        ({"queries": 0}, "queries: position 0 is out of range"),
+        ({"queries": [-1, -400]}, "queries: position -400 is out of range"),
         ({"queries": []}, "queries: none given"),
         ({"texts": []}, "no texts"),
     ],
@@ -283,7 +285,7 @@ def test_a_result_too_large_is_refused_before_it_is_made(monkeypatch):
         ({"spans": {"a": [[-1], [-1], [-99]]}}, "'a' holds position -99 in text 2"),
         ({"query": -2}, "'a' holds position -1 in text 0; the query at -2"),
         ({"query": "all"}, "query 'all' must be 'last' or one position"),
-        ({"query": -99}, "query -99 is out of range"),
+        ({"query": -99}, "position -99 is out of range"),
     ],
 )
 def test_bad_arguments_of_spans_get_one_line(arguments, says):

@@ -379,4 +379,4 @@ def test_pictures_say_what_they_show():
         assert spec["title"]["text"]
         assert len(spec["description"]) > 40
     layer, head = divmod(int(parts.heads.mean(0).argmax()), model.n_heads)
-    assert f"highest: layer {layer}, head {head} with" in parts.plot().to_dict()["description"]
+    assert f"(layer {layer}, head {head})." in parts.plot().to_dict()["description"]

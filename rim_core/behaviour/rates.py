@@ -184,15 +184,11 @@ class RateComparison:
         """The two rates with their intervals; `behaviour` names what was counted, for the titles."""
         from rim_core import charts
 
-        frame = self.to_frame()
         return charts.intervals(
-            frame[frame["condition"] != "difference"],
-            "estimate",
+            self.to_frame().query("condition != 'difference'"),
             label="condition",
-            title=f"Does the rate of {behaviour} change? p = {self.p_value:.2g}",
+            title=f"Does the rate of {behaviour} change? By {self.difference}, p = {self.p_value:.2g}",
             x_title=f"rate of {behaviour} (share of prompts)",
-            description=f"Dots with 95 % intervals: the rate of {behaviour} before and after on the same "
-            f"{self.before.n} prompts. It changes by {self.difference}.",
         )
 
 

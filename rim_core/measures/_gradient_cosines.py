@@ -100,19 +100,12 @@ class GradientCosines:
         from rim_core import charts
 
         frame = self.to_frame()
-        frame = frame[~frame["comparison"].isin(["within", "cross", "within minus cross"])]
-        said = "; ".join(
-            f"{row.comparison}, {row.kind}: {row.estimate:.2f} ({row.low:.2f} to {row.high:.2f})"
-            for row in frame.itertuples()
-        )
         return charts.intervals(
-            frame,
-            "estimate",
+            frame[~frame["comparison"].isin(["within", "cross", "within minus cross"])],
             label="comparison",
             series="kind",
             title=title,
             x_title="mean cosine of gradients",
-            description=f"Mean cosines of gradients ({self.about}), with 95 % intervals. {said}.",
             reference=0.0,
         )
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from rim_core import checking
 from rim_core.errors import InputError
-from rim_core.measures._head_map import head_map
-from rim_core.models.batching import pad_left, run_batches, token_budget
+from rim_core.models.batching import Positions, pad_left, positions, run_batches, token_budget
 from rim_core.models.model import Model
 from rim_core.tables import by_axes
 from rim_core.texts import encode
@@ -95,21 +94,14 @@ class AttentionPatterns:
         axes = {"head": range(len(drawn)), "key": range(-keys, drawn.shape[1] - keys)}
         index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
         frame = pd.DataFrame({"probability": drawn.flatten().double().numpy()}, index=index).reset_index()
-        top = frame.iloc[int(frame["probability"].where(frame["key"] < 0).argmax())]
-        to_none = f"; the sink takes {sink.min():.2f} to {sink.max():.2f} of a head's" if sink.any() else ""
         return charts.heatmap(
             frame,
             "probability",
             x="key",
             y="head",
-            title=f"Where do the heads of layer {chosen} look?",
-            x_title="token attended to, from the end" + (" (0: the sink)" if to_none else ""),
-            y_title="head",
+            title=f"Where do the heads of layer {chosen} look from token {self.queries[-1]} of text {prompt}?",
+            x_title="token attended to, from the end" + (" (0: the sink)" if sink.any() else ""),
             value_title="attention probability",
-            description=(
-                f"Attention of layer {chosen} from token {self.queries[-1]} of text {prompt}; highest: head "
-                f"{top['head']:.0f} on token {top['key']:.0f} with {top['probability']:.2f}{to_none}."
-            ),
         )
 
 
@@ -160,24 +152,23 @@ class SpanAttention:
         Raises:
             InputError: a span that was not read.
         """
+        from rim_core import charts
+
         values = self._mass(span) if minus is None else self.difference(span, minus)
         what = f"“{span}”" if minus is None else f"“{span}” more than at “{minus}”"
-        return head_map(
-            by_axes(values, layer=self.layers, head=range(values.shape[2])),
+        frame = by_axes(values, layer=self.layers, head=range(values.shape[2]))
+        return charts.heatmap(
+            frame.rename(columns={"estimate": "attention"}),
+            "attention",
             title=f"Which heads look at {what}?",
             value_title=f"attention, mean of {len(values)} texts",
-            what=f"Attention from token {self.query} to {what}, by layer and head",
             diverging=minus is not None,
         )
 
 
 @torch.no_grad()
 def attention_patterns(
-    model: Model,
-    texts: Sequence[str],
-    *,
-    layers: Sequence[int] | None = None,
-    queries: str | int | Sequence[int] = "last",
+    model: Model, texts: Sequence[str], *, layers: Sequence[int] | None = None, queries: Positions = "last"
 ) -> AttentionPatterns:
     """Attention probabilities by head from chosen query positions.
 
@@ -275,9 +266,9 @@ def attention_to_spans(
 
     def keep(pattern: Tensor, rows: list[int]) -> Tensor:
         member = torch.zeros(len(rows), len(spans), pattern.shape[-1])
-        for number, positions in enumerate(spans.values()):
+        for number, by_text in enumerate(spans.values()):
             for slot, row in enumerate(rows):
-                member[slot, number, list(positions[row])] = 1
+                member[slot, number, list(by_text[row])] = 1
         at = pattern[:, :, position]
         mass = torch.einsum("bhk,bsk->bhs", at.float(), member.to(pattern.device))
         return torch.cat([mass, _sink(at)[..., None]], dim=-1).cpu()
@@ -295,15 +286,9 @@ def _sink(pattern: Tensor) -> Tensor:
     return missed.masked_fill(missed <= rounding, 0)
 
 
-def _queries(queries: str | int | Sequence[int], lengths: Sequence[int]) -> list[int]:
-    if isinstance(queries, str) and queries == "all":
-        return list(range(-max(lengths), 0))
-    if isinstance(queries, str) and queries != "last":
-        raise InputError(f"unknown queries {queries!r}: 'last', 'all', or whole numbers below 0")
-    chosen = [-1] if isinstance(queries, str) else checking.whole_numbers(queries, "queries")
-    if outside := [query for query in chosen if not -min(lengths) <= query < 0]:
-        raise InputError(f"query {outside[0]} is out of range: count from the end, -1 to -{min(lengths)} here")
-    return chosen
+def _queries(queries: Positions, lengths: Sequence[int]) -> list[int]:
+    # With "all", those of the longest text.
+    return max(positions(queries, lengths, "queries"), key=len)
 
 
 def _check_spans(spans: Mapping[str, Sequence[Sequence[int]]], lengths: Sequence[int], query: int) -> None:
@@ -315,8 +300,8 @@ def _check_spans(spans: Mapping[str, Sequence[Sequence[int]]], lengths: Sequence
                 f"attention_to_spans: span {name!r} has {len(by_text)} lists of positions for {len(lengths)} texts; "
                 "give one a text"
             )
-        for number, (positions, length) in enumerate(zip(by_text, lengths, strict=True)):
-            if outside := [position for position in positions if not -length <= position <= query]:
+        for number, (keys, length) in enumerate(zip(by_text, lengths, strict=True)):
+            if outside := [position for position in keys if not -length <= position <= query]:
                 raise InputError(
                     f"attention_to_spans: span {name!r} holds position {outside[0]} in text {number}; the query at "
                     f"{query} sees -{length} to {query}"

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import IdentityError
-from rim_core.measures._head_map import head_map
 from rim_core.measures.writes import added, held, held_scale, way
 from rim_core.models.batching import Positions
 from rim_core.models.capture import Activations, drawn, measure
@@ -80,11 +79,12 @@ class Attribution:
 
     def plot(self) -> "alt.LayerChart":
         """Draw the heads' mean contributions, layer by head."""
-        return head_map(
-            _heads_at(self.to_frame(), -1),
+        return _head_map(
+            self.to_frame(),
+            -1,
+            "contribution",
             title=f"Which heads push {self._sides}?",
             value_title="logits toward (mean of texts)",
-            what=f"Direct contribution of each head to the logit difference {self._sides}",
         )
 
     def plot_layers(self) -> "alt.LayerChart":
@@ -93,17 +93,12 @@ class Attribution:
 
         values = torch.stack([self.heads.sum(dim=-1), self.mlp], dim=-1)
         frame = by_axes(values, layer=range(values.shape[1]), series=("attention heads", "MLP"))
-        top = frame.iloc[int(frame["estimate"].abs().argmax())]
         return charts.by_layer(
-            frame,
-            "estimate",
+            frame.rename(columns={"estimate": "contribution"}),
+            "contribution",
             series="series",
             title=f"Which layers push {self._sides}?",
             y_title=f"logits toward, mean of {len(values)} texts",
-            description=(
-                f"Direct contribution of each layer to the logit difference {self._sides}; largest in size: "
-                f"{top['series']} of layer {top['layer']} with {top['estimate']:.3g}."
-            ),
             chance=0.0,
         )
 
@@ -143,11 +138,12 @@ class HeadContributions:
             InputError: a position that this result does not hold.
         """
         where = drawn(self.positions, position, "HeadContributions.plot")
-        return head_map(
-            _heads_at(self.to_frame(), where),
+        return _head_map(
+            self.to_frame(),
+            where,
+            "projection",
             title="Which heads write along the direction?",
             value_title="projection (mean of texts)",
-            what=f"Projection of each head's output on the direction at position {where}",
         )
 
 
@@ -357,5 +353,8 @@ def _component_frame(positions: Sequence[int], heads: Tensor, **others: Tensor) 
     return frame[["component", "position", "layer", "head", "estimate", "low", "high", "n"]]
 
 
-def _heads_at(frame: pd.DataFrame, position: int) -> pd.DataFrame:
-    return frame[(frame["component"] == "head") & (frame["position"] == position)]
+def _head_map(frame: pd.DataFrame, position: int, value: str, **titles: str) -> "alt.LayerChart":
+    from rim_core import charts
+
+    heads = frame[(frame["component"] == "head") & (frame["position"] == position)].astype({"layer": int, "head": int})
+    return charts.heatmap(heads.rename(columns={"estimate": value}), value, diverging=True, **titles)

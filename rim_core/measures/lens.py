@@ -97,19 +97,14 @@ class LogitLens:
         if not self.tokens:
             raise InputError("LogitLens.plot draws named tokens: call logit_lens with tokens, or look at .top")
         where = drawn(self.positions, position, "LogitLens.plot")
-        frame = self.to_frame().query("measure == @measure and position == @where")
-        last = frame[frame["layer"] == max(self.layers)]
-        ends = "; ".join(f"{token} {mean:.3g}" for token, mean in zip(last["token"], last["estimate"], strict=True))
+        frame = self.to_frame()
+        frame = frame[(frame["measure"] == measure) & (frame["position"] == where)]
         return charts.by_layer(
-            frame,
-            "estimate",
+            frame.rename(columns={"estimate": measure}),
+            measure,
             series="token",
             title="After which layer would the model say which token?",
             y_title=f"{MEASURES[measure]}, mean of {len(self.logit)} texts",
-            description=(
-                f"Logit lens at position {where}: {MEASURES[measure]} by layer, -1 being the embedding; "
-                f"after layer {max(self.layers)}: {ends}."
-            ),
         )
 
 

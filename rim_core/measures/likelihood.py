@@ -126,9 +126,10 @@ def log_likelihood(
             return [found["log_probability"][:, 0], found["entropy"]]
         states, targets = _states(model, ids, lengths)
         chosen, entropies = [], []
-        for piece in _pieces(model, len(states)):
-            log_p = _log_probabilities(model, states[piece])
-            chosen.append(log_p.gather(1, targets[piece, None].to(log_p.device))[:, 0])
+        step = _step(model)
+        for piece, wanted in zip(states.split(step), targets.split(step), strict=True):
+            log_p = _log_probabilities(model, piece)
+            chosen.append(log_p.gather(1, wanted[:, None].to(log_p.device))[:, 0])
             entropies.append(-(log_p.exp() * log_p).sum(1))
         return [torch.cat(chosen), torch.cat(entropies)]
 
@@ -185,11 +186,11 @@ def kl_divergence(
         with _as(model, other) as second:
             other_states, _ = _states(second, ids, lengths)
         terms = []
-        for piece in _pieces(model, len(states)):
-            log_p = _log_probabilities(model, states[piece])
+        for piece, others in zip(states.split(_step(model)), other_states.split(_step(model)), strict=True):
+            log_p = _log_probabilities(model, piece)
             # An adapter may be on the head too, so each reads out as itself.
             with _as(model, other) as second:
-                log_q = _log_probabilities(second, other_states[piece]).to(log_p.device)
+                log_q = _log_probabilities(second, others).to(log_p.device)
             terms.append((log_p.exp() * (log_p - log_q)).sum(1))
         return [torch.cat(terms)]
 
@@ -273,9 +274,9 @@ def _log_probabilities(model: Model, states: Tensor) -> Tensor:
     return model.layout.readout(states).float().log_softmax(-1)
 
 
-def _pieces(model: Model, count: int) -> list[slice]:
-    step = max(1, _PIECE // model.layout.d_vocab)
-    return [slice(start, start + step) for start in range(0, count, step)]
+def _step(model: Model) -> int:
+    """Positions worked on at a time."""
+    return max(1, _PIECE // model.layout.d_vocab)
 
 
 def _summed(
