@@ -10,7 +10,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3 import Retry
-from urllib3.exceptions import TimeoutError as TimedOut
+from urllib3.exceptions import ReadTimeoutError
 
 from rim_core import checking
 from rim_core.behaviour.judges import HARMFUL, Finding, Question, exchanges, fill, of_finished, split_thought
@@ -153,7 +153,7 @@ class ServerJudge:
             problem = "sent a reply without choices[0].message.content"
         except requests.RequestException as error:
             cause = getattr(next(iter(error.args), None), "reason", None)
-            if isinstance(error, requests.Timeout) or isinstance(cause, TimedOut):
+            if isinstance(error, requests.Timeout) or isinstance(cause, ReadTimeoutError):
                 problem = f"gave no reply within {self.timeout:g} s"
             elif isinstance(error, requests.ConnectionError):
                 problem = "cannot be reached"
