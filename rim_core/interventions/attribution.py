@@ -39,6 +39,13 @@ class Attributed(Patched):
         correlation: Pearson's r of approximate and exact effects over the sample's pairs and components; NaN where
             either does not vary.
         largest_error: the largest difference between them, in the metric's units.
+
+    Example:
+        >>> import torch
+        >>> metric = rim.Projection(torch.ones(model.d_model), layer=0)
+        >>> found = rim.attribution_patch(model, texts[:2], texts[2:], "mlp", metric, layers=[0], sample=1)
+        >>> len(found.sample), found.largest_error < 1e-3
+        (1, True)
     """
 
     sample: tuple[int, ...] = ()

@@ -138,6 +138,13 @@ class AgainstRandom:
         intact: the measure without ablation.
         chosen: the measure with the heads ablated.
         null: with each random set ablated, float64 `[set]`.
+
+    Example:
+        >>> import numpy as np
+        >>> AgainstRandom = rim.controls.AgainstRandom
+        >>> found = AgainstRandom([(0, 1)], [[(0, 0)], [(0, 2)]], intact=0.0, chosen=-2.0, null=np.array([-0.5, 0.3]))
+        >>> round(found.p_value, 2)
+        0.33
     """
 
     heads: list[Unit]

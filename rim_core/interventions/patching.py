@@ -47,6 +47,13 @@ class Patched:
         source: of each source run, `[pair]`; NaN where the source was given as activations.
         layers: the layers of the layer axis, or of each unit.
         units: the named units, or None.
+
+    Example:
+        >>> found = rim.patch(model, texts[:2], texts[2:], "mlp", rim.LogitDifference(5, 6))
+        >>> found.effects.shape == found.normalised.shape == (2, model.n_layers)
+        True
+        >>> list(found.to_frame())
+        ['layer', 'estimate', 'low', 'high', 'n']
     """
 
     components: str
