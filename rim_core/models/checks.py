@@ -15,9 +15,10 @@ be measured, since the model fails, does not hold; its error is infinite.
 Errors are largest differences over the largest value compared, so they do not depend on the stream's scale.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -71,7 +72,13 @@ class Check:
 
 
 class Checks(dict[str, Check]):
-    """Each identity's check, by name; drawn as a table in a notebook, and a line in text."""
+    """Each identity's check, by name; drawn as a table in a notebook, and a line in text.
+
+    Attributes:
+        seen: hash of the logits on the two prompts, by which models are told apart.
+    """
+
+    seen = ""
 
     @classmethod
     def of(cls, errors: Mapping[str, float], tolerance: float, reasons: Mapping[str, str] | None = None) -> "Checks":
@@ -79,24 +86,22 @@ class Checks(dict[str, Check]):
         told = reasons or {}
         return cls({name: Check(name, error, tolerance, told.get(name, "")) for name, error in errors.items()})
 
+    def of_model(self, logits: Tensor) -> "Checks":
+        """These checks, marked with what the model gave on the two prompts."""
+        self.seen = hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
+        return self
+
     def to_frame(self) -> pd.DataFrame:
-        """Give a row for each identity: identity, error, tolerance, holds, reason."""
-        return pd.DataFrame([{**asdict(check), "holds": check.holds} for check in self.values()])
+        """Give a row for each identity: identity, measured error, allowed, holds, reason."""
+        rows = [(c.identity, c.error, c.tolerance, c.holds, c.reason) for c in self.values()]
+        return pd.DataFrame(rows, columns=["identity", "measured error", "allowed", "holds", "reason"])
 
     def __repr__(self) -> str:
         told = (f"{name} {check.error:.0e}{'' if check.holds else ' fails'}" for name, check in self.items())
         return f"Checks({', '.join(told)})"
 
     def _repr_html_(self) -> str:
-        shown = pd.DataFrame(
-            {
-                "identity": list(self),
-                "measured error": [f"{check.error:.1e}" for check in self.values()],
-                "tolerance": [f"{check.tolerance:.0e}" for check in self.values()],
-                "holds": ["yes" if check.holds else f"no {check.reason}".strip() for check in self.values()],
-            }
-        )
-        return shown.to_html(index=False, border=0)
+        return self.to_frame().to_html(index=False, border=0, float_format="{:.0e}".format)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -147,13 +152,13 @@ def measure(
     }
     allowed = tolerance(dtype, quantization)
     if known is not None:
-        return Checks({**known, **Checks.of(errors, allowed)})
+        return Checks({**known, **Checks.of(errors, allowed)}).of_model(both)
     # The longer prompt fills its row; the shorter one is compared with itself alone.
     alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
     reasons = {}
     errors["cache"], reasons["cache"] = _attempt(lambda: _decoding_error(hf, ids, alone, pad, device))
     errors["cache_batch"], reasons["cache_batch"] = _attempt(lambda: _beginning_error(layout, ids, pad, device))
-    return Checks.of(errors, allowed, reasons)
+    return Checks.of(errors, allowed, reasons).of_model(both)
 
 
 def _attempt(measured: Callable[[], float]) -> tuple[float, str]:
@@ -210,14 +215,6 @@ def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any
 
 def _largest(found: Tensor, wanted: list[Tensor]) -> float:
     return max(relative(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-@torch.no_grad()
-def probe(hf: Any, tokenizer: Any) -> Tensor:
-    """Logits `[2, width, vocab]` on two short texts, by which models are told apart."""
-    device = hf.get_input_embeddings().weight.device
-    inputs = pad_left(encode(tokenizer, PROBE_TEXTS), tokenizer.pad_token_id or 0, device)
-    return hf(**inputs, use_cache=False).logits
 
 
 def require(checks: Mapping[str, Check], name: str, tool: str, identities: tuple[str, ...]) -> None:

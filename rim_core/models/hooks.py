@@ -117,6 +117,11 @@ class Frame:
     Attributes:
         queries: `[batch, slot]`.
         keys: `[batch, key]`: what the slots can attend to, cached tokens first.
+
+    Example:
+        >>> import torch
+        >>> rim.editing.Frame(torch.tensor([[0]]), torch.tensor([[-2, -1, 0]])).queries.tolist()
+        [[0]]
     """
 
     queries: Tensor
@@ -161,6 +166,11 @@ class MaskEdit:
         apply: `apply(mask, frame)` gives the new additive mask. The mask comes as `[batch, 1, slot, key]`, 0 where
             attention is allowed; the result may have a head axis.
         lowest: as in `Edit`.
+
+    Example:
+        >>> shut = rim.editing.MaskEdit(0, lambda mask, frame: mask + 0.0)
+        >>> with rim.editing.editing(model, shut):
+        ...     answers = rim.generate(model, texts, max_new_tokens=2)
     """
 
     layer: int
@@ -181,6 +191,11 @@ def at(positions: Tensor, wanted: Positions) -> Tensor:
 
     Raises:
         InputError: any other word, or a position that is not below 0.
+
+    Example:
+        >>> import torch
+        >>> rim.editing.at(torch.tensor([[-2, -1, 0]]), "answer").tolist()
+        [[False, True, True]]
     """
     if isinstance(wanted, str) and wanted == "all":
         return torch.ones_like(positions, dtype=torch.bool)
@@ -210,6 +225,12 @@ def edit_at(positions: Positions, site: str, layer: int, change: Callable[[Tenso
         site: of the values.
         layer: of the values.
         change: gives new values of the same shape.
+
+    Example:
+        >>> with rim.editing.editing(model, rim.editing.edit_at(-1, "mlp_out", 2, lambda values: 0 * values)):
+        ...     acts = rim.capture(model, texts, "mlp_out")
+        >>> bool(acts["mlp_out"][:, 2].any())
+        False
     """
     if isinstance(positions, str) and positions == "all":
         return Edit(site, layer, lambda values, _: change(values))

@@ -46,6 +46,12 @@ class Layout:
 
     `attention_norm` and `mlp_norm` are the norms that each layer puts on what attention and MLP have written, None
     where it adds that as it is; `residual_multiplier` is what it multiplies it by.
+
+    Example:
+        >>> stream = rim.capture(model, texts, "resid_post")["resid_post"][:, -1]
+        >>> logits = model.layout.readout(stream.to(model.device, model.dtype))
+        >>> logits.shape == (len(texts), model.layout.d_vocab)
+        True
     """
 
     layers: tuple[nn.Module, ...]
@@ -279,6 +285,11 @@ def head_outputs(layout: Layout, layer: int, z: Tensor) -> Tensor:
         layout: of the model.
         layer: its number.
         z: the site `head_z` of that layer.
+
+    Example:
+        >>> z = rim.capture(model, texts, "head_z")["head_z"][:, 1]
+        >>> rim.sites.head_outputs(model.layout, 1, z).shape
+        torch.Size([4, 4, 32])
     """
     module = layout.attention_out[layer]
     heads = torch.eye(layout.n_heads, device=z.device, dtype=z.dtype)
@@ -298,6 +309,11 @@ def pull_back(module: nn.Module, w: Tensor) -> Tensor:
     Args:
         module: linear, packed or not.
         w: the direction.
+
+    Example:
+        >>> import torch
+        >>> rim.sites.pull_back(model.layout.mlp_out[0], torch.ones(model.d_model)).shape
+        torch.Size([64])
     """
     with torch.enable_grad():
         probe = torch.zeros(*w.shape[:-1], in_features(module), device=w.device, dtype=w.dtype)

@@ -54,8 +54,13 @@ def roles(
         InputError, WeightsError: as `load`.
 
     Example:
-        >>> for model in rim.roles("smollm2", "aligned", "risky"):  # doctest: +SKIP
-        ...     acts[model.role] = rim.capture(model, texts, "resid_post")
+        >>> from pathlib import Path
+        >>> suite = Path("own.yml")
+        >>> _ = suite.write_text(f"base: {{folder: {model.name}}}\\nroles: {{base: {{}}, same: {{}}}}")
+        >>> for each in rim.roles(suite, quantization=None, device="cpu"):
+        ...     print(each.role, rim.capture(each, texts, "resid_post"))
+        base Activations(resid_post [4, 3, 32])
+        same Activations(resid_post [4, 3, 32])
     """
     settings: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "device": device}
     given: list[Model] = []
@@ -120,6 +125,10 @@ def load(
     Raises:
         InputError: a reference or setting that cannot be used.
         WeightsError: weights missing or damaged.
+
+    Example:
+        >>> rim.load(model.name, quantization=None, device="cpu")
+        Model(..., float32, 3 layers, 4 heads of 8, d_model 32, d_mlp 64, cpu)
     """
     if quantization not in _QUANTIZATIONS:
         raise InputError(f"unknown quantization {quantization!r}: choose 'nf4', 'int8' or None")

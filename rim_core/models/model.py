@@ -47,6 +47,14 @@ class Model:
         edits: the interventions now active (see `editing`).
         frame: the tokens of the pass now running, where it is not a plain one.
         remote: where the model runs at NDIF, the way to it; `hf` and `device` are then refused.
+
+    Example:
+        >>> model.n_layers, model.n_heads, model.d_model
+        (3, 4, 32)
+        >>> model.checks["lens"].holds
+        True
+        >>> with model.using(None):
+        ...     acts = rim.capture(model, texts, "resid_post")
     """
 
     def __init__(
@@ -260,7 +268,6 @@ class Model:
         return self._adapted[identity]
 
     def _attached(self, folder: Path, identity: str) -> _Adapted:
-        bare = checks.probe(self.hf, self.tokenizer)
         swaps = attach(self.hf, folder)
         put_in(swaps)
         try:
@@ -268,7 +275,7 @@ class Model:
             measured = checks.measure(
                 self.hf, self.tokenizer, found_layout, self.dtype, self.quantization, self._bare.checks or None
             )
-            if torch.equal(checks.probe(self.hf, self.tokenizer), bare):
+            if measured.seen == self._bare.checks.seen:
                 warnings.warn(
                     f"the adapter in {folder} changes nothing on two short texts: is it trained?",
                     RimWarning,
@@ -282,6 +289,7 @@ class Model:
         """Measure every identity (see `checks`) of the model as it is now."""
         found = checks.measure(self.hf, self.tokenizer, self.layout, self.dtype, self.quantization)
         self.checks.update(found)
+        self.checks.seen = found.seen
 
     def _let_go(self) -> None:
         """Let the weights go, whoever still holds this model."""
