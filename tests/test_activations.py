@@ -131,3 +131,21 @@ def test_a_site_not_captured_is_named(tiny_folder):
     model = rim.load(str(tiny_folder()), quantization=None, device="cpu")
     with pytest.raises(InputError, match="holds head_z"):
         rim.capture(model, TEXTS, "head_z")["resid_post"]
+
+
+def test_spans_are_of_one_fragment_or_of_one_for_each_text():
+    model = load_tiny("llama")
+    same = rim.find_span(model, TEXTS, "e")
+    assert rim.find_span(model.tokenizer, TEXTS, ["e"] * 3) == same
+    prompts = [rim.Prompt(text[-5:], "benign") for text in TEXTS]
+    spans = rim.find_span(model, TEXTS, prompts)
+    assert [span[-1] for span in spans] == [-1, -1, -1]
+    for wrong, says in (
+        (["e", "e"], "2 fragments for 3 texts"),
+        (["e", "e", "x" * 9], "text 2 does not contain 'xxxxxxxxx'"),
+        (["e", "e", 3], "text 2 does not contain 3"),
+        ("", "text 0 does not contain ''"),
+        (7, "fragment must be a list"),
+    ):
+        with pytest.raises(InputError, match=says):
+            rim.find_span(model, TEXTS, wrong)

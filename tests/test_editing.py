@@ -246,17 +246,115 @@ def test_a_direction_is_one_or_one_a_layer():
             by_layer(model, wrong)
 
 
+def one(layers=1, site="resid_post", **options):
+    return lambda fn: rim.edit(load_tiny("llama"), fn, layers=layers, site=site, **options)
+
+
+def low(fn, site="resid_post", layer=1):
+    return editing(load_tiny("llama"), Edit(site, layer, fn))
+
+
+def in_place(x):
+    x[:, -1] = 0
+    return x
+
+
+SAME = lambda x, _=None: x  # noqa: E731
+CANNOT_BE_MADE = [
+    (lambda: one(site="resid_mid")(SAME), "unknown site 'resid_mid': choose from resid_pre"),
+    (lambda: one(layers=3)(SAME), "layer 3 is out of range: .* has layers 0 to 2"),
+    (lambda: one(layers=-1)(SAME), "layer -1 is out of range"),
+    (lambda: one(layers=[])(SAME), "layers: none given"),
+    (lambda: one(positions="first")(SAME), "unknown positions 'first'"),
+    (lambda: one()("halve"), "fn must be a function of x"),
+    (lambda: low(SAME, "resid_mid"), "unknown site 'resid_mid'"),
+    (lambda: low(SAME, layer=3), "layers 0 to 2"),
+    (lambda: editing(load_tiny("llama"), [MaskEdit(-1, SAME)]), "layers 0 to 2"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), CANNOT_BE_MADE)
+def test_an_edit_that_cannot_be_made_gets_one_line(make, says):
+    with pytest.raises(InputError, match=says), make():
+        pass
+
+
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (Edit("resid_mid", 0, lambda values, _: values), "unknown site 'resid_mid'"),
-        (Edit("resid_pre", 3, lambda values, _: values), "layers 0 to 2"),
-        (MaskEdit(-1, lambda mask, _: mask), "layers 0 to 2"),
+        (lambda: one()(lambda x: None), "at resid_post, layer 1, returns nothing: is a return missing"),
+        (lambda: one()(in_place), "at resid_post, layer 1, changes its input in place"),
+        (lambda: one(site="head_z")(lambda x: x.flatten(-2)), r"at head_z, layer 1, returns .*\[3, \d+, 4, 8\]"),
+        (lambda: one()(lambda x: x.double()), "torch.float64: give a tensor .* of torch.float32"),
+        (lambda: one()(lambda x: 3), "returns a int"),
+        (lambda: one()(lambda x: x / 0), "at resid_post, layer 1, makes numbers that are NaN or infinite"),
+        (
+            lambda: one()(lambda x: x + torch.ones(7)),
+            r"at resid_post, layer 1, fails on x \[3, \d+, 32\]: RuntimeError",
+        ),
+        (lambda: one(positions=-99)(SAME), "position -99 is out of range"),
+        (lambda: low(lambda x, _: None), "the edit at resid_post, layer 1 returns nothing"),
+        (lambda: low(lambda x, _: in_place(x)), "changes its input in place"),
+        (lambda: low(lambda x, _: x[..., 1:]), "returns a tensor"),
     ],
 )
-def test_an_edit_that_cannot_be_made_gets_one_line(edit, says):
-    with pytest.raises(InputError, match=says), editing(load_tiny("llama"), [edit]):
-        pass
+def test_a_function_that_gives_no_new_value_is_told_with_site_and_layer(edit, says):
+    model = load_tiny("llama")
+    before = hooks(model)
+    for run in (lambda: rim.capture(model, TEXTS, "resid_post"), lambda: rim.generate(model, TEXTS, 2)):
+        with pytest.raises(InputError, match=says) as told, edit():
+            run()
+        assert "\n" not in str(told.value)
+    assert hooks(model) == before
+
+
+def test_memory_that_runs_out_in_a_function_halves_the_batch():
+    model, sizes = load_tiny("llama"), []
+
+    def greedy_function(x):
+        sizes.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return 2 * x
+
+    with rim.edit(model, greedy_function, layers=0):
+        found = rim.capture(model, TEXTS, "resid_post")["resid_post"]
+    with rim.edit(model, lambda x: 2 * x, layers=0):
+        assert_close(found, rim.capture(model, TEXTS, "resid_post")["resid_post"])
+    assert (sizes[0], sizes.count(1)) == (3, 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
+def test_a_function_of_one_s_own_holds_in_every_tool(family):
+    """With heads in an axis of their own, told its positions, in capture, generation, patching and inside others."""
+    model = load_tiny(family)
+    texts = rim.format_chat(model, TEXTS, system="You answer in a few plain words and stay on the topic.")
+    shift = some(model.n_heads, model.head_dim)
+
+    def by_hand(z):
+        return (z.unflatten(-1, (model.n_heads, model.head_dim)) + shift).flatten(-2)
+
+    metric = rim.Projection(some(model.d_model))
+    for positions in ("all", "last", "answer", [-2, -1]):
+        with editing(model, edit_at(positions, "head_z", 1, by_hand)):
+            wanted = rim.capture(model, texts, "resid_post")["resid_post"], rim.generate(model, texts, STEPS)
+            patched = rim.patch(model, texts, texts[::-1], "mlp", metric).effects
+        with rim.edit(model, lambda z: z + shift, layers=1, site="head_z", positions=positions):
+            assert_close(rim.capture(model, texts, "resid_post")["resid_post"], wanted[0])
+            assert rim.generate(model, texts, STEPS) == wanted[1]
+            assert_close(rim.patch(model, texts, texts[::-1], "mlp", metric).effects, patched)
+    told = []
+
+    def last_only(x, positions):
+        told.append(positions)
+        return torch.where((positions == -1)[..., None], 2 * x, x)
+
+    with rim.edit(model, last_only, layers=[0, 2]), rim.edit(model, lambda x, by=2.0: x / by, layers=2, positions=-1):
+        nested = rim.capture(model, texts, "resid_post")["resid_post"]
+    with rim.edit(model, lambda x: 2 * x, layers=0, positions="last"):
+        assert_close(nested, rim.capture(model, texts, "resid_post")["resid_post"])
+    assert all((row[..., -1] == -1).all() for row in told)
+    assert model.edits == []
 
 
 def test_masks_need_an_attention_that_takes_them(monkeypatch):

@@ -1,21 +1,17 @@
 """Reading activations: batched, left-padded, bounded in memory, streamed to safetensors when asked."""
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rim_core import checking
-from rim_core.errors import InputError, first_line
+from rim_core.errors import InputError
 from rim_core.identity import digest, libraries, science
 from rim_core.models.batching import (
     Positions,
@@ -30,7 +26,7 @@ from rim_core.models.batching import positions as positions_of
 from rim_core.models.hooks import reading
 from rim_core.models.layout import SITES
 from rim_core.models.model import Model
-from rim_core.paths import cache_dir
+from rim_core.paths import cache_dir, put_whole, read_json, write_json
 from rim_core.texts import checked, encode
 
 _MANIFEST, _MASK = "manifest.json", "mask.safetensors"
@@ -86,8 +82,8 @@ class Activations:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / _MANIFEST)
+    except InputError:
         raise InputError(f"{folder} holds no finished capture: run capture(..., to={str(folder)!r}) again") from None
 
 
@@ -279,36 +275,23 @@ class _Work:
         yield from run_batches([len(row) - shared for row in ids], budget, run)
 
     def stream(self, folder: Path) -> None:
-        """One shard a batch into a temporary sibling, renamed when the last one is written."""
+        """One shard a batch; the folder is there when the last one is written."""
+        shards = []
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            working = Path(tempfile.mkdtemp(prefix=f".{folder.name[:16]}.", dir=folder.parent))
-        except OSError as error:
-            raise InputError(f"cannot write activations to {folder}: {error.strerror}") from None
-        try:
-            shards = []
-            for number, (rows, found) in enumerate(self.passes()):
-                name = f"shard-{number:05d}.safetensors"
-                save_file({site: values.contiguous() for site, values in found.items()}, working / name)
-                shards.append({"file": name, "rows": rows})
-            if (mask := self.mask()) is not None:
-                save_file({"mask": mask.to(torch.uint8)}, working / _MASK)
-            ragged = self.picked is None
-            manifest = {"shapes": self.shapes(), "ragged": ragged, "shards": shards, "model": self.model.identity}
-            (working / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            try:
-                os.replace(working, folder)
-            except OSError:
-                # Another process finished the same capture first; its result is this one.
-                if not (folder / _MANIFEST).is_file():
-                    raise
-        except (OSError, SafetensorError) as error:
-            why = getattr(error, "strerror", None) or first_line(error)
-            raise InputError(
-                f"cannot write activations to {folder}: {why}; free space there, or leave out `to` and cache=True"
-            ) from None
-        finally:
-            shutil.rmtree(working, ignore_errors=True)
+            with put_whole(folder) as working:
+                for number, (rows, found) in enumerate(self.passes()):
+                    name = f"shard-{number:05d}.safetensors"
+                    save_file({site: values.contiguous() for site, values in found.items()}, working / name)
+                    shards.append({"file": name, "rows": rows})
+                if (mask := self.mask()) is not None:
+                    save_file({"mask": mask.to(torch.uint8)}, working / _MASK)
+                ragged = self.picked is None
+                manifest = {"shapes": self.shapes(), "ragged": ragged, "shards": shards, "model": self.model.identity}
+                write_json(working / _MANIFEST, manifest)
+        except InputError:
+            # Another process finished the same capture first; its result is this one.
+            if not (folder / _MANIFEST).is_file():
+                raise
 
 
 def _pick(tensor: Tensor, picked: list[int] | int | None, ends: Tensor | None) -> Tensor:

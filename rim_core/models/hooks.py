@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rim_core.checking import shown, whole_numbers
+from rim_core.checking import array, shown, whole_numbers
 from rim_core.errors import InputError, first_line
 from rim_core.models.batching import Positions, out_of_memory
 
@@ -248,16 +248,13 @@ def by_layer(model: "Model", direction: Any) -> Tensor:
     Raises:
         InputError: another shape, numbers that are not finite, or a direction of length 0.
     """
-    try:
-        given = torch.as_tensor(direction, dtype=torch.float32).to(model.device)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise InputError(f"direction must be a tensor of real numbers, not {shown(direction)}") from None
+    given = torch.as_tensor(array(direction, "direction", ndim=(1, 2), finite=False), dtype=torch.float32)
     whole = (model.n_layers, model.d_model)
     if given.shape not in (whole[1:], whole):
         raise InputError(
             f"direction has shape {list(given.shape)}: {model.name} takes [{whole[1]}], or one a layer {list(whole)}"
         )
-    rows = given.expand(whole)
+    rows = given.to(model.device).expand(whole)
     if bad := [layer for layer, row in enumerate(rows) if not 0 < row.norm() < torch.inf]:
         raise InputError(f"the direction of layer {bad[0]} is zero or not finite: it points nowhere")
     return rows
@@ -282,20 +279,15 @@ class _Tracker:
         cached = past.get_seq_length() if past is not None else 0
         if cached == 0 or self.width is None:
             self.width = cached + slots
-            self._refuse_short(slots if cached == 0 else None, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            shortest = int(mask.sum(dim=1).min()) if isinstance(mask, Tensor) and mask.dim() == 2 else slots
+            if cached == 0 and self.lowest < -shortest:
+                raise InputError(
+                    f"position {self.lowest} is out of range: the shortest text here has {shortest} tokens; count from "
+                    f"its end, -1 to -{shortest}"
+                )
         keys = torch.arange(cached + slots, device=given.device) - self.width
         self.frame = Frame(keys[cached:].expand(batch, -1), keys.expand(batch, -1))
-
-    def _refuse_short(self, slots: int | None, mask: Any) -> None:
-        if slots is None or not self.lowest:
-            return
-        known = isinstance(mask, Tensor) and mask.dim() == 2
-        shortest = int(mask.sum(dim=1).min()) if known else slots
-        if self.lowest < -shortest:
-            raise InputError(
-                f"position {self.lowest} is out of range: the shortest text here has {shortest} tokens; count from its "
-                f"end, -1 to -{shortest}"
-            )
 
 
 class _Hooks:
