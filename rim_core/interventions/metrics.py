@@ -41,7 +41,7 @@ class Projection:
     Attributes:
         direction: `[width of the site]`, heads flat; scaled to unit length.
         site: from `sites.SITES`.
-        layer: negative counts from the last.
+        layer: counted from 0; None is the last.
         origin: `[width]`, subtracted before projecting, or None.
 
     Example:
@@ -54,7 +54,7 @@ class Projection:
     direction: Any
     _: KW_ONLY
     site: str = "resid_post"
-    layer: int = -1
+    layer: int | None = None
     origin: Any = None
 
     def bind(self, model: Model, text: str = "") -> Bound:
@@ -75,7 +75,7 @@ class ProbeScore:
         weights: `[width of the site]`, heads flat.
         bias: a number.
         site: where the probe was trained.
-        layer: where the probe was trained; negative counts from the last.
+        layer: where the probe was trained; None is the last.
 
     Example:
         >>> import torch
@@ -88,7 +88,7 @@ class ProbeScore:
     bias: float = 0.0
     _: KW_ONLY
     site: str = "resid_post"
-    layer: int = -1
+    layer: int | None = None
 
     def bind(self, model: Model, text: str = "") -> Bound:
         """The metric on this model; raises InputError where site, layer or width do not fit."""
@@ -130,7 +130,7 @@ class LogProbability:
 
     Attributes:
         tokens: token strings or ids, one or several, as in `logit_lens`.
-        layer: below the last it is what the logit lens reads there; negative counts from the last.
+        layer: below the last it is what the logit lens reads there; None is the last.
 
     Example:
         >>> found = rim.patch(model, texts[:2], texts[2:], "mlp", rim.LogProbability(5))
@@ -140,7 +140,7 @@ class LogProbability:
 
     tokens: Tokens
     _: KW_ONLY
-    layer: int = -1
+    layer: int | None = None
 
     def bind(self, model: Model, text: str = "") -> Bound:
         """The metric on this model; raises InputError for a text of several tokens, or a token named twice."""
@@ -233,17 +233,17 @@ def _scores(function: Callable[[Tensor], Tensor], rows: Tensor, what: str) -> Te
     return found
 
 
-def _of_logits(model: Model, read: Callable[[Tensor], Tensor], title: str, layer: int = -1) -> Bound:
+def _of_logits(model: Model, read: Callable[[Tensor], Tensor], title: str, layer: int | None = None) -> Bound:
     """A metric of the next token's logits: `read` maps them `[row, vocabulary]` to `[row]`, some rows at a time."""
     model.require("patch", "lens")
-    (layer,) = model.checked_layers([layer], lowest=-model.n_layers)
+    at = model.checked_layer(layer)
 
     def score(states: Tensor) -> Tensor:
         rows = states.to(model.dtype).flatten(0, -2)
         found = [read(model.layout.readout(part).float()) for part in rows.split(_ROWS)]
         return torch.cat(found).view(states.shape[:-1])
 
-    return Bound("resid_post", layer % model.n_layers, score, title)
+    return Bound("resid_post", at, score, title)
 
 
 def _vector(model: Model, site: str, values: Any, what: str) -> Tensor:
@@ -256,10 +256,10 @@ def _vector(model: Model, site: str, values: Any, what: str) -> Tensor:
     return vector
 
 
-def _linear(model: Model, site: str, layer: int, weights: Tensor, bias: float, title: str) -> Bound:
-    (layer,) = model.checked_layers([layer], lowest=-model.n_layers)
+def _linear(model: Model, site: str, layer: int | None, weights: Tensor, bias: float, title: str) -> Bound:
+    at = model.checked_layer(layer)
 
     def score(values: Tensor) -> Tensor:
         return values.float() @ weights.to(values.device) + bias
 
-    return Bound(site, layer % model.n_layers, score, title)
+    return Bound(site, at, score, title)

@@ -42,7 +42,7 @@ def gradient_cosines(
     labels: Sequence[object],
     *,
     pairs: Sequence[object] | None = None,
-    layer: int = -1,
+    layer: int | None = None,
     weight: Weight = "attention_out",
     loss_on: LossOn = "completion",
     seed: int = 0,
@@ -64,7 +64,7 @@ def gradient_cosines(
         pairs: names of what belongs together (one completion under two prompts, say), `[example]`, or None. Pairs
             are resampled whole, labels are permuted within them, and their own cosines are kept apart: else
             equal completions would pass for likeness across labels.
-        layer: from 0, or from the end if negative.
+        layer: counted from 0; None is the last.
         weight: the output projection of attention, or the down projection of the MLP.
         loss_on: the tokens that the loss counts.
         seed: of resamples and permutations.
@@ -81,8 +81,9 @@ def gradient_cosines(
         ['within', 'cross', 'within minus cross']
     """
     examples = labelled(labels, pairs, len(prompts), "gradient_cosines")
+    layer = model.checked_layer(layer)
     factors = _factors(model, prompts, completions, layer, weight, loss_on, "gradient_cosines")
-    about = f"{weight} of layer {layer % model.n_layers}, loss on {loss_on}"
+    about = f"{weight} of layer {layer}, loss on {loss_on}"
     return compare(_gram(factors), examples, seed, about)
 
 
@@ -121,7 +122,7 @@ def per_example_gradients(
     prompts: Sequence[str],
     completions: Sequence[str],
     *,
-    layer: int = -1,
+    layer: int | None = None,
     weight: Weight = "attention_out",
     loss_on: LossOn = "completion",
 ) -> Tensor:
@@ -136,6 +137,7 @@ def per_example_gradients(
         >>> rim.per_example_gradients(model, texts[:2], [" Air.", " Rain."], layer=0).shape[:2] == (2, model.d_model)
         True
     """
+    layer = model.checked_layer(layer)
     d_in = in_features(_module(model, layer, weight))
     size = 4 * len(prompts) * model.d_model * d_in
     if size > LARGEST_EXPLICIT:
@@ -149,7 +151,6 @@ def per_example_gradients(
 
 def _module(model: Model, layer: int, weight: str) -> nn.Module:
     checking.one_of(weight, ("attention_out", "mlp_out"), "weight")
-    model.checked_layers([layer], lowest=-model.n_layers)
     if weight == "mlp_out" and model.layout.mlp_out[layer] is None:
         raise InputError(
             f"the MLP of layer {layer} of {model.name} is a mixture of experts, without one down projection: "
@@ -176,7 +177,7 @@ def _factors(
         return _pass(model, module, [heads[row] for row in rows], [tails[row] for row in rows], loss_on)
 
     # Everything above the module is kept for the way back.
-    budget = token_budget(model.layout, model.device) // (model.n_layers - layer % model.n_layers)
+    budget = token_budget(model.layout, model.device) // (model.n_layers - layer)
     factors: dict[int, Factors] = {}
     for rows, found in run_batches(lengths, budget, run):
         factors.update(zip(rows, found, strict=True))

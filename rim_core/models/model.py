@@ -152,6 +152,10 @@ class Model:
             )
         return chosen
 
+    def checked_layer(self, layer: int | None) -> int:
+        """The one layer asked for; None is the last. Raises InputError where there is none such."""
+        return self.checked_layers(self.n_layers - 1 if layer is None else layer)[0]
+
     def require(self, tool: str, *identities: str) -> None:
         """Raise IdentityError unless these identities held when the model was loaded, InputError if it is far away."""
         if self.remote and tool not in far.TOOLS:
