@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import load_tiny, reference
-from plain import hooks, tensors
+from plain import assert_close, hooks, tensors
 from tiny import TEXTS
 
 import rim_core as rim
@@ -11,11 +11,6 @@ from rim_core.errors import InputError
 from rim_core.models.capture import open_activations
 from rim_core.models.layout import SITES
 from rim_core.suites.weights import cache_dir
-
-
-def assert_close(found, wanted):
-    scale = wanted.abs().max()
-    assert (found - wanted).abs().max() <= 1e-4 * scale, (found - wanted).abs().max() / scale
 
 
 def test_a_shared_beginning_changes_no_number():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import CASES, FAMILIES, MODULES, load_tiny, reference, sites_of, write_family
+from plain import assert_close, hooks
 from tiny import TEXTS
 
 import rim_core as rim
@@ -37,15 +38,6 @@ SYSTEM = "You answer in a few plain words and stay on the topic."
 every_case = pytest.mark.parametrize(("family", "quantization"), CASES)
 
 
-def assert_close(found, wanted):
-    scale = wanted.abs().max()
-    assert (found - wanted).abs().max() <= 1e-4 * scale, (found - wanted).abs().max() / scale
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
-
-
 @every_case
 def test_the_layout_names_the_modules_and_shapes(family, quantization):
     model, paths = load_tiny(family, quantization), MODULES[family]
@@ -61,13 +53,12 @@ def test_the_layout_names_the_modules_and_shapes(family, quantization):
     assert layout.lm_head is model.hf.get_submodule(paths.lm_head)
     shapes = (model.n_heads, model.n_kv_heads, model.head_dim, model.d_model, model.d_mlp)
     assert shapes == SHAPES[family]
-
-
-@every_case
-def test_a_4_bit_model_has_packed_projections(family, quantization):
-    layout = load_tiny(family, quantization).layout
     packed = {type(module).__name__ == "Linear4bit" for module in layout.attention_out}
     assert packed == {quantization == "nf4"}
+    for number, block in enumerate(stack):
+        found = tuple(layout.norm_after(site, number) for site in ("attn_out", "mlp_out"))
+        norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+        assert found == tuple(getattr(block, norm) if family in SANDWICH else None for norm in norms)
 
 
 @every_case
@@ -76,17 +67,6 @@ def test_every_identity_holds(family, quantization):
     assert set(checks) == {"residual_sum", "lens", "head_sum", "padding", "cache", "cache_batch"}
     for check in checks.values():
         assert check.error < 1e-5, check
-
-
-@every_case
-def test_the_layout_names_the_norms_between_modules_and_stream(family, quantization):
-    model = load_tiny(family, quantization)
-    for layer, block in enumerate(model.hf.get_submodule(MODULES[family].layers)):
-        found = tuple(model.layout.norm_after(site, layer) for site in ("attn_out", "mlp_out"))
-        if family in SANDWICH:
-            assert found == (block.post_attention_layernorm, block.post_feedforward_layernorm)
-        else:
-            assert found == (None, None)
 
 
 @every_case

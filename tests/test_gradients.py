@@ -320,7 +320,7 @@ BAD = [
     ({"labels": ["a"] * 4 + ["b"] * 2}, "label 'b' has 2 examples"),
     ({"completions": COMPLETIONS[:5]}, "prompts has 6 items and completions 5"),
     ({"completions": [*COMPLETIONS[:5], ""]}, "completion 5 is empty"),
-    ({"layer": 3}, "layer 3 is out of range.*-3 to 2"),
+    ({"layer": 3}, "layer 3 is out of range.*0 to 2"),
     ({"weight": "q_proj"}, "unknown weight 'q_proj'"),
     ({"loss_on": "prompt"}, "unknown loss_on"),
     ({"pairs": [0, 0, 0, 1, 1, 1]}, "different pairs"),

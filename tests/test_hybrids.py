@@ -6,7 +6,7 @@ What is right is what plain forward passes of one prompt alone, without a cache,
 import pytest
 import torch
 from families import load_tiny, write_family
-from test_contributions import assert_close
+from plain import assert_close, greedy
 from tiny import TEXTS
 
 import rim_core as rim
@@ -87,18 +87,6 @@ def alone(model, text):
     return torch.stack(found), logits
 
 
-def greedy(model, text, tokens):
-    """The answer token by token, each by a pass of the whole text."""
-    ids, said = model.tokenizer(text, return_tensors="pt").input_ids, []
-    with torch.no_grad():
-        for _ in range(tokens):
-            said.append(int(model.hf(ids, use_cache=False).logits[0, -1].argmax()))
-            if said[-1] == model.tokenizer.eos_token_id:
-                break
-            ids = torch.cat([ids, torch.tensor([said[-1:]])], dim=1)
-    return model.tokenizer.decode(said, skip_special_tokens=True)
-
-
 @pytest.mark.parametrize("family", LOADED)
 def test_what_loads_is_right_or_refused(tmp_path, family):
     model = rim.load(str(write_family(tmp_path, family, **LOADED[family])), quantization=None, device="cpu")
@@ -110,7 +98,7 @@ def test_what_loads_is_right_or_refused(tmp_path, family):
         rim.patch(model, texts, texts[::-1], "mlp", rim.LogitDifference(50, 60))
     assert "\n" not in str(caught.value)
     if model.checks["cache"].holds:
-        assert rim.generate(model, texts, max_new_tokens=8) == [greedy(model, text, 8) for text in texts]
+        assert rim.generate(model, texts, max_new_tokens=8) == [greedy(model, text, 8)[0] for text in texts]
     else:
         with pytest.raises(IdentityError, match=r"generate cannot be trusted on .*'cache' is off by"):
             rim.generate(model, texts)
@@ -124,9 +112,9 @@ def test_answers_with_sliding_windows_equal_passes_without_a_cache(family, cache
     model = load_tiny(family)
     monkeypatch.setattr(model.hf.generation_config, "cache_implementation", cache)
     texts = rim.format_chat(model, TEXTS, system=SYSTEM)
-    assert rim.generate(model, texts, max_new_tokens=8) == [greedy(model, text, 8) for text in texts]
+    assert rim.generate(model, texts, max_new_tokens=8) == [greedy(model, text, 8)[0] for text in texts]
     with rim.ablate(model, heads=[(1, 0)], mode="zero"):
-        wanted = [greedy(model, text, 8) for text in texts]
+        wanted = [greedy(model, text, 8)[0] for text in texts]
         assert rim.generate(model, texts, max_new_tokens=8) == wanted
 
 

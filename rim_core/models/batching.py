@@ -64,24 +64,18 @@ def pad_left(ids: Sequence[Sequence[int]], pad: int, device: Any = "cpu") -> dic
     Positions count from each prompt's own first token, so that a model with absolute positions gives one prompt
     the same numbers alone and in a batch.
     """
-    width = max(map(len, ids))
-    tokens = torch.full((len(ids), width), pad, dtype=torch.long)
-    mask = torch.zeros(len(ids), width, dtype=torch.long)
-    for row, sequence in enumerate(ids):
-        tokens[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    tokens, real = pad_right([row[::-1] for row in ids], pad)
+    mask = real.flip(1).long()
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": tokens.flip(1), "attention_mask": mask, "position_ids": position_ids}
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def pad_right(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Token ids `[prompt, width]` padded on the right, and the mask of real tokens, both on the CPU."""
-    width = max(map(len, ids))
-    tokens = torch.full((len(ids), width), pad, dtype=torch.long)
-    for row, sequence in enumerate(ids):
-        tokens[row, : len(sequence)] = torch.tensor(sequence)
-    lengths = torch.tensor([len(sequence) for sequence in ids])
+    lengths = torch.tensor([len(row) for row in ids])
+    width = int(lengths.max())
+    tokens = torch.tensor([[*row, *[pad] * (width - len(row))] for row in ids], dtype=torch.long)
     return tokens, torch.arange(width) < lengths[:, None]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rim_core import hub
+from rim_core.checking import one_of
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.identity import checkpoint_identity, file_hash, hub_identity
 from rim_core.models import remote as far
@@ -21,7 +22,6 @@ from rim_core.suites.chattemplate import read_template
 from rim_core.suites.schema import Role, Suite, is_local, load_suite, template_identity
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_QUANTIZATIONS = ("nf4", "int8", None)
 # Kept free on each GPU for what tools and adapters take beside the weights, in bytes; at most this share of it.
 _ROOM, _ROOM_SHARE = 2e9, 0.2
 
@@ -130,8 +130,7 @@ def load(
         >>> rim.load(model.name, quantization=None, device="cpu")
         Model(..., float32, 3 layers, 4 heads of 8, d_model 32, d_mlp 64, cpu)
     """
-    if quantization not in _QUANTIZATIONS:
-        raise InputError(f"unknown quantization {quantization!r}: choose 'nf4', 'int8' or None")
+    one_of(quantization, ("nf4", "int8", None), "quantization")
     if remote_asked() if remote is None else remote:
         return _connect(ref, quantization, (dtype, device, device_map))
     where = _device(device)
@@ -202,10 +201,7 @@ def _places(device: str, where: torch.device, device_map: str | None) -> dict[st
     Raises:
         InputError: a `device_map` that is neither "auto" nor None, or contradicts `device`.
     """
-    if device_map not in (None, "auto"):
-        raise InputError(
-            f"unknown device_map {device_map!r}: choose 'auto', or None for one device where that is enough"
-        )
+    one_of(device_map, (None, "auto"), "device_map")
     if device_map and device != "auto":
         raise InputError(f"device_map='auto' and device={device!r} contradict each other: give one of them")
     if device != "auto" or where.type != "cuda" or torch.cuda.device_count() < 2:
@@ -234,9 +230,7 @@ def _too_large(ref: str, left: str) -> InputError:
 def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}: choose 'auto', {', '.join(map(repr, _DTYPES))}")
-    return _DTYPES[dtype]
+    return _DTYPES[one_of(dtype, ("auto", *_DTYPES), "dtype")]
 
 
 def _parse(ref: str) -> tuple[Suite | None, Role | None]:
