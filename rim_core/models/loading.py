@@ -306,7 +306,7 @@ def _load_checkpoint(
     except (OSError, HfHubHTTPError) as error:
         raise InputError(f"cannot load {ref}: {' '.join(str(error).split())[:300]}") from None
     except (ValueError, KeyError) as error:
-        if "dispatched on the CPU or the disk" in str(error):  # packed weights cannot be
+        if any(words in str(error) for words in ("dispatched on the CPU or the disk", "offload")):
             raise _too_large(ref, "all of it") from None
         raise InputError(f"{ref} is no causal language model that transformers can load: {first_line(error)}") from None
     packed = {type(module).__name__ for module in hf.modules()} & {"Linear4bit", "Linear8bitLt"}
