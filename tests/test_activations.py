@@ -132,7 +132,7 @@ def test_spans_are_of_one_fragment_or_of_one_for_each_text():
     model = load_tiny("llama")
     same = rim.find_span(model, TEXTS, "e")
     assert rim.find_span(model.tokenizer, TEXTS, ["e"] * 3) == same
-    prompts = [rim.Prompt(text[-5:], "benign") for text in TEXTS]
+    prompts = [rim.Prompt(text[-5:], "any", number, "test", 0) for number, text in enumerate(TEXTS)]
     spans = rim.find_span(model, TEXTS, prompts)
     assert [span[-1] for span in spans] == [-1, -1, -1]
     for wrong, says in (
