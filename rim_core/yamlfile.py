@@ -27,6 +27,8 @@ from rim_core.paths import did_you_mean
 
 E = TypeVar("E", bound="Entry")
 Key = str | int
+# Ten times as fast, where PyYAML was built with it.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _not_blank(text: str) -> str:
@@ -89,7 +91,7 @@ def read(kind: type[E], path: Path) -> E:
 def parse(kind: type[E], text: str, path: Path) -> E:
     """Read the text of a file into an entry (see `read`)."""
     try:
-        data, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        data = yaml.load(text, _LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -99,6 +101,7 @@ def parse(kind: type[E], text: str, path: Path) -> E:
         return kind.model_validate({} if data is None else data, context={"path": path})
     except ValidationError as error:
         where, problem = _told(error, data)
+        tree = yaml.compose(text, _LOADER)
         line = f":{_line(tree, where)}" if tree else ""
         key = _shown(where, data)
         raise InputError(f"{path}{line}: {f'{key}: ' if key else ''}{problem}") from None
