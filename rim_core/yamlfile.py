@@ -91,7 +91,7 @@ def read(kind: type[E], path: Path) -> E:
 def parse(kind: type[E], text: str, path: Path) -> E:
     """Read the text of a file into an entry (see `read`)."""
     try:
-        data = yaml.load(text, _LOADER)
+        data = _loaded(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -105,6 +105,13 @@ def parse(kind: type[E], text: str, path: Path) -> E:
         line = f":{_line(tree, where)}" if tree else ""
         key = _shown(where, data)
         raise InputError(f"{path}{line}: {f'{key}: ' if key else ''}{problem}") from None
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.load(text, _LOADER)
+    except yaml.YAMLError:
+        return yaml.safe_load(text)  # which says better where the mistake is
 
 
 def _told(error: ValidationError, data: Any) -> tuple[list[Key], str]:
