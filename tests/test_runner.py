@@ -178,7 +178,11 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
     changed("parameters")
     (package / "probes.py").write_text("c", encoding="utf-8")
     changed("rim_core")
-    for unused in ("suites/other.yml", "prompts/data/README.md", "organisms/training.py"):  # not what a notebook measures with
+    for unused in (
+        "suites/other.yml",
+        "prompts/data/README.md",
+        "organisms/training.py",
+    ):  # not what a notebook measures with
         (package / unused).parent.mkdir(parents=True, exist_ok=True)
         (package / unused).write_text("d", encoding="utf-8")
     changed(None)
