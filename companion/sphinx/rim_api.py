@@ -59,10 +59,10 @@ def _resolve(
 def _signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, arguments: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Name a context manager as such; what it is made of is a generator."""
+    """Name a context manager as such, which is made of a generator; leave out how a dataclass makes its defaults."""
     if returns and inspect.isgeneratorfunction(inspect.unwrap(value)) and hasattr(value, "__wrapped__"):
         returns = re.sub(r"^~?[\w.]*\b(Iterator|Generator)\b", "~contextlib.AbstractContextManager", returns)
-    return arguments, returns
+    return arguments and arguments.replace("<factory>", "..."), returns
 
 
 def _docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
