@@ -10,7 +10,8 @@ import torch
 
 import rim_core as rim
 from benchmarks.harness import Row, compare, in_turns, relative
-from rim_core.models.batching import batches, pad_left
+from rim_core.models.batching import batches
+from rim_core.models.padding import pad_left
 from rim_core.texts import encode
 
 GENERATION_TARGET = 0.9

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from companion import runner
+from companion import staleness
 from companion.folders import read_json, read_record
 from rim_core import paths
 from rim_core.errors import InputError, RimError
@@ -30,7 +30,7 @@ def scorecard(project: Path, suites: Sequence[str] | None = None) -> list[dict[s
         if suite not in keys and row["run_key"]:
             ran = {other["notebook"] for other in found if other["suite"] == suite and other["run_key"]}
             try:
-                jobs = runner.plan(sorted(ran), given.get(suite, suite), project=project)
+                jobs = staleness.plan(sorted(ran), given.get(suite, suite), project=project)
                 keys[suite] = {job.notebook: job.key for job in jobs}
             except RimError:
                 keys[suite] = {}

@@ -10,7 +10,7 @@ docstring says what is in it.
 - `prompts`: prompt sets; `suites`: which weights a role is; `organisms`: how a role is trained; `verdicts`: whether a
   claim holds.
 - `stats`: intervals and tests; `tables`: results as tidy tables; `charts`: figures.
-- Below all: `checking` and `errors` (what a user is told), `paths`, `identity`, `hub`, `locks`.
+- Below all: `checking` and `errors` (what a user is told), `paths`, `identity`, `offline`, `locks`.
 
 Names resolve on first use, so importing the package loads neither torch nor Altair.
 """

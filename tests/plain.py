@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import rim_core as rim
-from rim_core.models.batching import pad_left
 from rim_core.models.loading import keep_packed
+from rim_core.models.padding import pad_left
 from rim_core.texts import encode
 
 OUTPUTS = {"resid_post": "", "attn_out": "attention", "mlp_out": "mlp"}

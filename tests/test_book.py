@@ -29,7 +29,7 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "notebooks" / "self_aware").mkdir(parents=True)
     nbformat.write(source, tmp_path / "notebooks" / f"{NOTEBOOK}.ipynb")
     shutil.copy(ROOT / "_toc.yml", tmp_path)
-    monkeypatch.setattr(staging.runner.Job, "key", KEY)
+    monkeypatch.setattr(staging.staleness.Job, "key", KEY)
     return tmp_path
 
 

@@ -20,7 +20,7 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, rim, start, write
 
-from companion import folders, runner
+from companion import folders, runner, staleness
 from rim_core import locks
 
 SUITES = ("tiny.yml", "other.yml")
@@ -78,7 +78,7 @@ def run_grid(root: Path) -> None:
     os.environ.update(tiny_project.environment())
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for suite in SUITES:
-        done = runner.run(runner.plan([], suite))
+        done = runner.run(staleness.plan([], suite))
         assert {result.status for result in done} <= {"ran", "up to date"}, done
 
 
@@ -310,6 +310,6 @@ def test_a_run_whose_lock_was_taken_over_keeps_nothing(tmp_path, monkeypatch):
     lock = root / "results/tiny/one/01_first/.lock-default"
     taking = f"from pathlib import Path; new = Path('new'); new.write_text('other'); new.replace({str(lock)!r})"
     write(root, "one/01_first", taking)
-    (done,) = runner.run(runner.plan([], SUITES[0]))
+    (done,) = runner.run(staleness.plan([], SUITES[0]))
     assert (done.status, "took this notebook over" in done.reason) == ("failed", True)
     assert [path.name for path in lock.parent.iterdir()] == [".lock-default"]

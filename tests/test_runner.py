@@ -13,7 +13,7 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, write
 
-from companion import execution, notebooks, runner
+from companion import execution, notebooks, runner, staleness
 from rim_core import identity, paths
 from rim_core.errors import InputError, RimError
 
@@ -35,7 +35,7 @@ def result_of(root: Path, name: str = "one/01_first", variant: str = "default") 
 
 
 def run(names: Any = (), overrides: Any = None, **options: Any) -> list[runner.Result]:
-    return runner.run(runner.plan(names, SUITE, overrides), **options)
+    return runner.run(staleness.plan(names, SUITE, overrides), **options)
 
 
 def read(path: Path) -> Any:
@@ -60,7 +60,7 @@ def test_a_run_leaves_notebook_record_and_claims_and_is_not_repeated(root, capfd
     assert record["parameters"] == {"suite": "tiny", "n": 3, "rate": 0.5, "layers": [1, 2]}
     assert (record["status"], record["device"], record["overrides"]) == ("ok", "cpu", {})
     assert (claim["claim_id"], claim["suite"], claim["run_key"]) == ("A1", "tiny", record["run_key"])
-    (job,) = runner.plan([], SUITE)
+    (job,) = staleness.plan([], SUITE)
     assert (job.key, job.parts) == (record["run_key"], record["key_parts"])
     assert (job.state, job.folder) == ("up to date", folder)
     for path in folder.iterdir():
@@ -83,7 +83,7 @@ def test_overrides_have_a_folder_of_their_own_and_reach_the_notebook(root):
     write(root, "one/01_first", "print(n, rate, layers, suite)")
     run(["one"], {"n": "3", "rate": "2", "layers": "[4, 5]"})
     overrides = {"rate": 2.0, "layers": [4, 5]}  # n is the notebook's own value, so no override
-    (job,) = runner.plan([], SUITE, overrides)
+    (job,) = staleness.plan([], SUITE, overrides)
     folder = result_of(root, variant=job.variant)
     assert folder.name.startswith("p-")
     assert read(folder / "run.json")["overrides"] == overrides
@@ -150,7 +150,7 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
     seen = []
 
     def changed(part: str | None) -> None:
-        (job,) = runner.plan(["one/01_first"], SUITE, overrides)
+        (job,) = staleness.plan(["one/01_first"], SUITE, overrides)
         key, parts = job.key, job.parts
         if seen:
             before, parts_before = seen[-1]

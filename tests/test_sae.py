@@ -13,7 +13,7 @@ from tiny import TEXTS
 
 import rim_core as rim
 from rim_core.errors import InputError
-from rim_core.models.batching import pad_left
+from rim_core.models.padding import pad_left
 from rim_core.sae.autoencoder import SparseAutoencoder
 from rim_core.texts import encode
 

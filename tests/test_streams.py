@@ -137,7 +137,7 @@ def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
 def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
-    from companion import folders, runner, scorecard
+    from companion import folders, scorecard, staleness
 
     (copy / "results/tiny/one/01_first/default/run.json").write_text(text, encoding="utf-8")
     monkeypatch.chdir(copy)
@@ -147,7 +147,7 @@ def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys)
         "rim: results/tiny/one/01_first/default/run.json is no record of a run, and counts as none; run that "
         "notebook again\n"
     )
-    (job,) = runner.plan([], "tiny.yml")
+    (job,) = staleness.plan([], "tiny.yml")
     assert (job.state, job.status) == ("not run", "to run")
     folders._tell_of.cache_clear()
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from companion import notebooks, runner
+from companion import notebooks, runner, staleness
 from companion.streams import print_json, table
 from rim_core import paths
 from rim_core.errors import InputError, RunError
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
         _fetch(options.suite, everything=True)
         return 0
     # Before weights are fetched or torch is loaded: a slip of the pen is told at once.
-    jobs = runner.plan(options.notebooks, options.suite, overrides)
+    jobs = staleness.plan(options.notebooks, options.suite, overrides)
     if options.list:
         return _list(jobs)
     if options.plan:
@@ -55,7 +55,7 @@ def _read_parameters(given: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def _list(jobs: Sequence[runner.Job]) -> int:
+def _list(jobs: Sequence[staleness.Job]) -> int:
     suite = jobs[0].suite.name
     table([{"notebook": job.notebook, suite: job.state, "title": notebooks.title(job.source)} for job in jobs])
     if len(jobs) == 1:
@@ -87,7 +87,7 @@ def book(options: argparse.Namespace) -> int:
     root = paths.root()
     failures: list[str] = []
     for suite in [] if options.no_run else suites:
-        jobs = runner.plan([], suite)
+        jobs = staleness.plan([], suite)
         if any(job.status == "to run" for job in jobs):
             _fetch(suite)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import nbformat
 
-from companion import runner, scorecard
+from companion import scorecard, staleness
 from companion.folders import failed, read_record
 from companion.pages import runcard, tables
 from rim_core.errors import InputError
@@ -33,7 +33,7 @@ _LINK = re.compile(r"(?<=\]\()(?!\w+:|/|#)([^()\s#]+\.(?:md|ipynb))")
 class Page:
     """One staged page: the run that it shows, the suite as it was given, its document name, and how the run stands."""
 
-    job: runner.Job
+    job: staleness.Job
     suite: str  # a name, or the path of a suite's file
     document: str
     status: str  # as `Job.state` says it
@@ -75,7 +75,7 @@ def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]
         raise InputError(f"{project.name}: the book needs at least one suite")
     pages = []
     for position, suite in enumerate(suites):
-        for job in runner.plan([], suite, project=project):
+        for job in staleness.plan([], suite, project=project):
             status = job.state
             if position and status in ("not run", "not applicable"):
                 continue

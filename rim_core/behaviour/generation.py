@@ -7,8 +7,9 @@ import torch
 from tqdm import tqdm
 
 from rim_core.checking import whole
-from rim_core.models.batching import free_on_gpus, pad_left, run_batches, token_budget
+from rim_core.models.batching import free_on_gpus, run_batches, token_budget
 from rim_core.models.model import Model
+from rim_core.models.padding import pad_left
 from rim_core.texts import checked, encode
 from rim_core.thoughts import decode, open_thought
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rim_core.models.batching import by_rows, pad_left, token_budget
+from rim_core.models.batching import by_rows, token_budget
 from rim_core.models.first_tokens import HELPFUL_OPENINGS as HELPFUL_OPENINGS
 from rim_core.models.first_tokens import REFUSAL_OPENINGS as REFUSAL_OPENINGS
 from rim_core.models.first_tokens import log_odds, refusal_tokens
 from rim_core.models.first_tokens import opening_tokens as opening_tokens
 from rim_core.models.model import Model
+from rim_core.models.padding import pad_left
 from rim_core.texts import checked, encode
 
 

@@ -19,9 +19,9 @@ from transformers import DynamicCache
 
 from rim_core.errors import InputError
 from rim_core.interventions.metrics import Bound
-from rim_core.models.batching import padded_left
 from rim_core.models.hooks import Frame, additive_mask, hook, pick, reading, removing, tensor_of
 from rim_core.models.model import Model
+from rim_core.models.padding import padded_left
 
 Columns = slice | Tensor
 # The arguments of a decoder layer that hold something for each token, and the axis of the tokens.

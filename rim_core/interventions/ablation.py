@@ -11,10 +11,11 @@ from torch import Tensor
 from rim_core.checking import listed, number, one_of, whole
 from rim_core.errors import InputError
 from rim_core.interventions.components import COMPONENTS, Unit, columns_of, units_of
-from rim_core.models.batching import pad_left, run_batches, token_budget
+from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.capture import Activations, capture
 from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest, pick, reading
 from rim_core.models.model import Model
+from rim_core.models.padding import pad_left
 from rim_core.texts import checked, encode
 
 # Modes of ablation: whether each needs a reference, and whether it can take a direction out.

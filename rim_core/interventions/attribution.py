@@ -21,10 +21,11 @@ from rim_core.interventions._rows import Plan, read_source, rectangle
 from rim_core.interventions.components import Unit
 from rim_core.interventions.metrics import Metric
 from rim_core.interventions.patching import Patched, Positions, Scored, make_plan, only, run_exact, run_plan
-from rim_core.models.batching import pad_left, token_budget
+from rim_core.models.batching import token_budget
 from rim_core.models.capture import Activations
 from rim_core.models.hooks import Edit, editing, hook, pick, removing
 from rim_core.models.model import Model
+from rim_core.models.padding import pad_left
 
 # Below this correlation with exact effects a warning is given.
 _POOR = 0.8

@@ -18,10 +18,11 @@ from rim_core.errors import InputError
 from rim_core.interventions._rows import Plan, Run, read_source, rectangle, run_clean, run_patched
 from rim_core.interventions.components import COMPONENTS, Unit, columns_of, component_of, units_of
 from rim_core.interventions.metrics import Metric, bind
-from rim_core.models.batching import outgrows_window, run_batches, shared_beginning, token_budget
-from rim_core.models.batching import positions as positions_in
+from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.capture import Activations
 from rim_core.models.model import Model
+from rim_core.models.padding import outgrows_window, shared_beginning
+from rim_core.models.padding import positions as positions_in
 from rim_core.tables import by_axes
 from rim_core.texts import checked, encode
 

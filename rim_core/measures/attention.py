@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from rim_core import checking
 from rim_core.errors import InputError
-from rim_core.models.batching import Positions, pad_left, positions, run_batches, token_budget
+from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.model import Model
+from rim_core.models.padding import Positions, pad_left, positions
 from rim_core.tables import by_axes
 from rim_core.texts import encode
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from rim_core.errors import IdentityError
 from rim_core.measures.writes import added, held, held_scale, way
-from rim_core.models.batching import Positions
 from rim_core.models.capture import Activations, drawn, measure
 from rim_core.models.checks import tolerance
 from rim_core.models.hooks import by_layer
 from rim_core.models.layout import pull_back
 from rim_core.models.model import Model
 from rim_core.models.norms import Norm, parts
+from rim_core.models.padding import Positions
 from rim_core.models.tokens import Tokens, two_sides
 from rim_core.tables import by_axes
 

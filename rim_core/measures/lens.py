@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rim_core import checking
 from rim_core.errors import InputError
-from rim_core.models.batching import Positions
 from rim_core.models.capture import Activations, drawn, measure
 from rim_core.models.model import Model
+from rim_core.models.padding import Positions
 from rim_core.models.tokens import Tokens, label, single_tokens
 from rim_core.tables import by_axes
 

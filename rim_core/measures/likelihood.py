@@ -16,9 +16,10 @@ from torch import Tensor
 from rim_core import stats
 from rim_core.errors import InputError
 from rim_core.models import remote
-from rim_core.models.batching import pad_left, run_batches, token_budget
+from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.hooks import Frame, reading
 from rim_core.models.model import Model
+from rim_core.models.padding import pad_left
 from rim_core.stats import Floats, Groups, Interval, Ints
 from rim_core.texts import checked, encode, encode_more, require_room
 

@@ -8,7 +8,7 @@
 - `checks`: the identities that tools rest on, measured on each model.
 - `hooks`: reading and editing while the model runs.
 - `capture`: activations of many texts.
-- `batching`: padding, positions, memory, and beginnings that prompts share.
+- `padding`: positions, padding, and beginnings that prompts share; `batching`: batches of what fits in memory.
 - `tokens`: tokens by name, and where a fragment lies.
 - `remote`: nnsight, and models that run at NDIF.
 """

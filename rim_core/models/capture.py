@@ -13,19 +13,12 @@ from torch import Tensor
 from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.identity import digest, libraries, science
-from rim_core.models.batching import (
-    Positions,
-    batches,
-    pad_left,
-    padded_right,
-    run_batches,
-    shared_beginning,
-    token_budget,
-)
-from rim_core.models.batching import positions as positions_of
+from rim_core.models.batching import batches, run_batches, token_budget
 from rim_core.models.hooks import reading
 from rim_core.models.layout import SITES
 from rim_core.models.model import Model
+from rim_core.models.padding import Positions, pad_left, padded_right, shared_beginning
+from rim_core.models.padding import positions as positions_of
 from rim_core.paths import cache_dir, put_whole, read_json, write_json
 from rim_core.texts import checked, encode
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import IdentityError, first_line
-from rim_core.models.batching import outgrows_window, pad_left, padded_left, padded_right
 from rim_core.models.hooks import reading
 from rim_core.models.layout import Layout, head_outputs
+from rim_core.models.padding import outgrows_window, pad_left, padded_left, padded_right
 from rim_core.texts import encode, window
 
 # Two prompts of unequal length, so that the shorter one is padded.

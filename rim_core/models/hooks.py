@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from rim_core.checking import array, shown, whole_numbers
 from rim_core.errors import InputError, first_line
-from rim_core.models.batching import Positions, out_of_memory
+from rim_core.models.batching import out_of_memory
+from rim_core.models.padding import Positions
 
 if TYPE_CHECKING:
     from rim_core.models.layout import Layout

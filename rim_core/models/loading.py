@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from rim_core import hub
 from rim_core.checking import one_of
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.identity import checkpoint_identity, file_hash, hub_identity
 from rim_core.models import remote as far
 from rim_core.models.adapters import quiet
 from rim_core.models.model import Model
+from rim_core.offline import hub_asked
 from rim_core.paths import remote_asked, suite_names
 from rim_core.suites import gguffiles, preflight, weights
 from rim_core.suites.chattemplate import read_template
@@ -290,7 +290,7 @@ def _load_checkpoint(
         config = BitsAndBytesConfig(load_in_8bit=True)
     where = {"revision": revision} if revision else {}
     try:
-        with quiet(), contextlib.nullcontext() if is_local(folder) else hub.asked():
+        with quiet(), contextlib.nullcontext() if is_local(folder) else hub_asked():
             tokenizer = _tokenizer(folder, where)
             hf = AutoModelForCausalLM.from_pretrained(
                 folder,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rim_core.errors import InputError, RimError
 from rim_core.models import checks
-from rim_core.models.batching import batches, pad_left
+from rim_core.models.batching import batches
 from rim_core.models.layout import find_layout
+from rim_core.models.padding import pad_left
 from rim_core.suites.schema import Role, Suite, is_local, load_suite
 from rim_core.texts import encode
 

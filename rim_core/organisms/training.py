@@ -16,8 +16,8 @@ from peft import LoraConfig
 from torch.nn import functional
 
 from rim_core.errors import InputError
-from rim_core.models.batching import pad_right
 from rim_core.models.layout import find_layout
+from rim_core.models.padding import pad_right
 from rim_core.organisms.resuming import Kept
 from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
 from rim_core.texts import encode, encode_more

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rim_core import hub
 from rim_core.checking import TwiceError, distinct_keys, shown
 from rim_core.errors import InputError, first_line
+from rim_core.offline import hub_asked
 from rim_core.prompts._prompt import SPLITS, Prompt
 
 # What people call the column that holds the request, and the one that holds an answer, in the
@@ -235,7 +235,7 @@ def from_hub(source: str) -> list[Prompt]:
     except ImportError:
         raise InputError(f"{source} needs the package `datasets`: pip install 'rim-core[hub]'") from None
     try:
-        with hub.asked():
+        with hub_asked():
             found = load_dataset(name, config, split=split)
     except Exception as error:  # every cause (gated, offline, misspelt, several configs) reaches the user as its text
         raise InputError(f"cannot load {source}: {first_line(error)}") from None

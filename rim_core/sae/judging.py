@@ -19,9 +19,10 @@ from torch.nn.functional import cross_entropy, normalize
 
 from rim_core import checking, stats
 from rim_core.errors import InputError
-from rim_core.models.batching import batches, pad_left
+from rim_core.models.batching import batches
 from rim_core.models.hooks import Edit, editing
 from rim_core.models.model import Model
+from rim_core.models.padding import pad_left
 from rim_core.sae.autoencoder import ROWS, SparseAutoencoder, checked_rows, splice
 from rim_core.stats import Floats, Groups, Interval, Ints
 from rim_core.tables import interval_frame

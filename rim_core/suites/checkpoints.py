@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rim_core import hub, paths
+from rim_core import paths
 from rim_core.checking import shown
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.identity import ADAPTER_FILE
+from rim_core.offline import hub_asked
 from rim_core.suites import gguffiles, weights
 from rim_core.suites.schema import Suite, is_local
 from rim_core.suites.sizing import Size
@@ -116,7 +117,7 @@ def locate(ref: str, kind: str = "model", *, revision: str | None = None, online
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        with hub.asked() if online else contextlib.nullcontext():
+        with hub_asked() if online else contextlib.nullcontext():
             found = snapshot_download(
                 ref,
                 revision=revision,
@@ -279,7 +280,7 @@ def _hub_shapes(repository: str, revision: str | None) -> Shapes:
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
-        with hub.asked():
+        with hub_asked():
             files = get_safetensors_metadata(repository, revision=revision).files_metadata.values()
     except NotASafetensorsRepoError:
         raise InputError(

@@ -8,7 +8,7 @@ _PATIENCE = 5.0  # seconds for the hub's first answer
 
 
 @contextlib.contextmanager
-def asked() -> Iterator[None]:
+def hub_asked() -> Iterator[None]:
     """Within the context the hub is asked as usual where it answers at all; else only this machine's cache is.
 
     Then what is cached is found, and what is not fails at once. The libraries read their switch at each request.
