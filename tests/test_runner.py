@@ -193,7 +193,7 @@ def test_the_run_key_follows_what_a_result_depends_on_and_nothing_else(root, tmp
     changed(None)
     (root / "tiny.yml").write_text(tiny_project.SUITE + "  risky: {}\n", encoding="utf-8")
     changed("models")
-    monkeypatch.setattr(runner, "suite_hashes", lambda suite: {"base": "1"})
+    monkeypatch.setattr(staleness, "suite_hashes", lambda suite: {"base": "1"})
     changed("models")
 
 
