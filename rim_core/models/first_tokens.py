@@ -27,6 +27,11 @@ def opening_tokens(model: Model, text: str, openings: Sequence[str] = REFUSAL_OP
     Raises:
         InputError: an opening's first token also begins a helpful answer (`HELPFUL_OPENINGS`), as in tokenizers that
             split words into letters, or an opening merges with the end of the text.
+
+    Example:
+        >>> tokens = rim.opening_tokens(model, texts[0], ["No"])
+        >>> [tokenizer.decode(token) for token in tokens]
+        ['N']
     """
     helpful = _first_tokens(model, text, HELPFUL_OPENINGS)
     found: set[int] = set()

@@ -163,6 +163,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Int
 
     Raises:
         InputError: as `mcnemar`.
+
+    Example:
+        >>> print(rim.stats.paired_difference([1, 1, 1, 1, 0], [0, 0, 1, 1, 0]))
+        0.4 (95% -0.163 to 0.726, n=5)
     """
     first, second = paired_outcomes(a, b, "paired_difference")
     level = coverage(level)
