@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from companion.scorecard import read_run
+from companion.outcomes import read_run
 from rim_core import charts
 from rim_core.verdicts.deciding import Outcome
 from rim_core.verdicts.rules import Finding, allowed, number_text

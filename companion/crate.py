@@ -23,7 +23,7 @@ from rocrate.rocrate import ROCrate
 
 from companion.execution import scrubber
 from companion.folders import read_record
-from companion.scorecard import scorecard
+from companion.outcomes import scorecard
 from rim_core import __version__, paths
 from rim_core.errors import InputError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from companion.scorecard import rows
+from companion.outcomes import rows
 from rim_core import paths
 from rim_core.errors import InputError
 from rim_core.verdicts.rules import SYMBOLS, number_text

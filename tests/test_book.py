@@ -13,7 +13,7 @@ import yaml
 from altair.vegalite.v6 import display
 
 from companion import cli
-from companion.pages import build, staging, tables
+from companion.pages import build, markup, scorecard, staging
 from rim_core.errors import InputError, RimError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,8 +168,8 @@ def test_tables_escape_what_they_are_given_and_lead_to_the_pages():
         **{"paper": "p", "claim": "C1", "statement": "a <b> & c", "suite": "s", "outcome": "validated", "stale": True},
         **{"value": 0.5, "low": 0.4, "high": 0.6, "published": None, "notebook": "one/x", "reasons": ["--suite <i>"]},
     }
-    links = tables._Links({("one/x", "s"): "book/experiments/one/x"}, "book/papers")
-    text = tables._claims([row, {**row, "suite": "t", "stale": False}], links)
+    links = scorecard._Links({("one/x", "s"): "book/experiments/one/x"}, "book/papers")
+    text = scorecard._claims([row, {**row, "suite": "t", "stale": False}], links)
     assert "<strong>C1</strong> a &lt;b&gt; &amp; c" in text
     assert "<p>--suite &lt;i&gt;</p>" in text
     assert 'href="../experiments/one/x.html#run-card">run</a>' in text
@@ -177,7 +177,7 @@ def test_tables_escape_what_they_are_given_and_lead_to_the_pages():
     assert text.count("<a ") == 2  # of the suite with a page
     assert text.count('scope="row" rowspan="2"') == 1
     assert text.count('scope="col"') == 4
-    assert tables._plain("a *b* `c` – d") == r"a \*b\* \`c\` – d"
+    assert markup.plain("a *b* `c` – d") == r"a \*b\* \`c\` – d"
 
 
 def test_nothing_to_stage_is_an_error(tmp_path):

@@ -15,8 +15,8 @@ import tiny_project
 from browsing import THEMES, Visit
 
 from companion import comparison
+from companion.outcomes import rows
 from companion.pages import staging
-from companion.scorecard import rows
 from rim_core.errors import InputError
 from rim_core.verdicts import deciding
 from rim_core.verdicts.schema import load_claims

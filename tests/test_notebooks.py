@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from companion.scorecard import scorecard
+from companion.outcomes import scorecard
 from rim_core.paths import suite_names
 from rim_core.verdicts.schema import load_claims
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from companion import scorecard
+from companion import outcomes
 from rim_core.errors import InputError
 from rim_core.verdicts import deciding
 from rim_core.verdicts.rules import t_interval_over_seeds
@@ -288,17 +288,17 @@ def put_run(root: Path, values: list[float], shuffled: float = 0.5) -> None:
 
 def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
     root = tiny_project.make(tmp_path)
-    (row,) = scorecard.rows(root / "results", [str(root / "tiny.yml")])
+    (row,) = outcomes.rows(root / "results", [str(root / "tiny.yml")])
     keys = "paper claim statement suite outcome reason reasons value low high published notebook run_key"
     assert " ".join(row) == keys
     assert (row["outcome"], row["run_key"], row["suite"]) == ("not_tested", None, "tiny")
     put_run(root, [0.9, 0.9, 0.9])
-    (row,) = scorecard.rows(root / "results")
+    (row,) = outcomes.rows(root / "results")
     assert (row["outcome"], row["value"], row["run_key"]) == ("validated", pytest.approx(0.9), "k")
     failed = root / "results" / "tiny" / "one" / "01_first" / "failed" / "default"
     failed.mkdir(parents=True)
     (failed / "error.json").write_text('{"ename": "ValueError", "evalue": "no"}', encoding="utf-8")
-    (row,) = scorecard.rows(root / "results")
+    (row,) = outcomes.rows(root / "results")
     assert (row["outcome"], row["reason"]) == ("error", "the run failed: ValueError: no")
 
 
@@ -308,10 +308,10 @@ def test_changing_a_bound_or_a_role_changes_the_outcome(tmp_path):
     file = root / "book" / "claims" / "paper_a.yml"
     suite = [str(root / "tiny.yml")]
     file.write_text(tiny_project.CLAIMS.replace("low: 0.5}", "low: 0.95}"), encoding="utf-8")
-    assert scorecard.rows(root / "results", suite)[0]["outcome"] == "contradicted"
+    assert outcomes.rows(root / "results", suite)[0]["outcome"] == "contradicted"
     file.write_text(tiny_project.CLAIMS.replace("name: shuffled", "name: random"), encoding="utf-8")
-    assert scorecard.rows(root / "results", suite)[0]["outcome"] == "not_tested"
+    assert outcomes.rows(root / "results", suite)[0]["outcome"] == "not_tested"
     file.write_text(tiny_project.CLAIMS.replace("[base]", "[risky]"), encoding="utf-8")
-    (row,) = scorecard.rows(root / "results", suite)
+    (row,) = outcomes.rows(root / "results", suite)
     assert row["outcome"] == "not_applicable"
     assert f"rim organisms train --suite {suite[0]} risky" in row["reason"]

@@ -137,11 +137,11 @@ def test_without_a_network_the_hub_is_given_up_at_once(tmp_path):
 
 @pytest.mark.parametrize("text", ["[]", "{}", "null", "not json", "[" * 100_000, '{"run_key": 3}'])
 def test_a_record_that_is_none_counts_as_no_run(copy, text, monkeypatch, capsys):
-    from companion import folders, scorecard, staleness
+    from companion import folders, outcomes, staleness
 
     (copy / "results/tiny/one/01_first/default/run.json").write_text(text, encoding="utf-8")
     monkeypatch.chdir(copy)
-    (row,) = scorecard.scorecard(copy, ["tiny.yml"])
+    (row,) = outcomes.scorecard(copy, ["tiny.yml"])
     assert (row["outcome"], row["run_key"], row["stale"]) == ("not_tested", None, False)
     assert capsys.readouterr().err == (
         "rim: results/tiny/one/01_first/default/run.json is no record of a run, and counts as none; run that "

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from companion import differences, scorecard
+from companion import differences, outcomes
 from companion.streams import print_json, table
 from rim_core import paths
 from rim_core.verdicts.rules import SYMBOLS, number_text
@@ -14,7 +14,7 @@ def claims(options: argparse.Namespace) -> int:
     """Print each claim's outcome for each suite with results."""
     if options.suite:
         paths.suite_file(options.suite)
-    rows = scorecard.scorecard(paths.root(), [options.suite] if options.suite else None)
+    rows = outcomes.scorecard(paths.root(), [options.suite] if options.suite else None)
     if options.json:
         print_json(rows)
         return 0
@@ -33,7 +33,7 @@ def claims(options: argparse.Namespace) -> int:
             print("  ".join(filter(None, line.values())))
             print(f"    {row['statement']}")
             print(f"    {row['reason']}; published: {row['published'] or 'no number'}")
-            if told := scorecard.stale_text(row):
+            if told := outcomes.stale_text(row):
                 print(f"    {told}")
     else:
         table(shown, heading=False)

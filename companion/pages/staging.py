@@ -13,9 +13,9 @@ from typing import Any
 
 import nbformat
 
-from companion import scorecard, staleness
+from companion import outcomes, staleness
 from companion.folders import failed, read_record
-from companion.pages import runcard, tables
+from companion.pages import runcard, scorecard
 from rim_core.errors import InputError
 from rim_core.paths import DEFAULT_SUITE, suite_file, suite_name, suite_names
 
@@ -88,17 +88,17 @@ def stage(project: Path, suites: Sequence[str] = (DEFAULT_SUITE,)) -> list[Page]
         if path not in kept:
             path.unlink()
     documents = {(page.notebook, page.name): page.document for page in pages}
-    for name, text in tables.texts(project, _scorecard(project, suites), documents).items():
+    for name, text in scorecard.texts(project, _scorecard(project, suites), documents).items():
         _write(project / TABLES / f"{name}.md", text)
     return pages
 
 
 def _scorecard(project: Path, suites: Sequence[str]) -> list[dict[str, Any]]:
     """The scorecard's rows with all that a page tells of why; of a suite's own file only the name, not the place."""
-    rows = scorecard.scorecard(project, suites)
+    rows = outcomes.scorecard(project, suites)
     files = {suite_name(suite): suite for suite in suites if suite != suite_name(suite)}
     for row in rows:
-        told = [*row["reasons"], *filter(None, [scorecard.stale_text(row)])]
+        told = [*row["reasons"], *filter(None, [outcomes.stale_text(row)])]
         file = files.get(row["suite"])
         row["reasons"] = [reason.replace(file, Path(file).name) for reason in told] if file else told
     return rows
