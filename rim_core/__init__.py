@@ -83,21 +83,25 @@ _MODULES = {
 _ELSEWHERE = {
     name: wanted
     for wanted, names in {
-        "load": "HookedTransformer TransformerBridge LanguageModel StandardizedTransformer AutoModel from_pretrained",
-        "capture": "run_with_cache ActivationCache cache record_activations get_activations activations_of",
-        "edit": "hook run_with_hooks intervene trace add_hook HookPoint",
+        "load": "load_model HookedTransformer TransformerBridge LanguageModel StandardizedTransformer from_pretrained",
+        "capture": "collect run_with_cache ActivationCache cache record_activations get_activations activations_of",
+        "edit": "hook run_with_hooks intervene trace add_hook add_hooks HookPoint",
         "patch": "activation_patching causal_tracing path_patching interchange_intervention",
         "attribution_patch": "attribution_patching eap",
         "ablate": "zero_ablation mean_ablation abliterate orthogonalize",
-        "steer": "SteeringVector steering_vector activation_addition caa",
-        "difference_in_means": "diff_in_means refusal_direction mean_difference",
+        "steer": "add SteeringVector steering_vector activation_addition caa",
+        "difference_in_means": "mean_diff diff_in_means direction refusal_direction mean_difference",
         "logit_lens": "tuned_lens unembed accumulated_resid",
         "direct_logit_attribution": "dla logit_attrs",
         "attention_patterns": "attention_pattern attention_probs",
-        "probe_layers": "probe linear_probe LinearProbe",
+        "probe_layers": "probe train_probe linear_probe LinearProbe",
+        "LogitDifference": "logit_diff",
+        "LogitMetric": "metric",
+        "tidy": "to_csv to_frame",
+        "charts.save": "save_chart save_html",
         "splice": "SAE HookedSAETransformer SparseAutoencoder",
-        "find_span": "token_positions find_token",
-        "format_chat": "apply_chat_template",
+        "find_span": "token_positions find_token find_tokens",
+        "format_chat": "chat apply_chat_template",
     }.items()
     for name in names.split()
 }
@@ -111,9 +115,20 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return import_module(f"{__name__}.{_MODULES[name]}")
-    known = _ELSEWHERE.get(name)
-    hint = f": that is rim.{known} here" if known else did_you_mean(name, __all__)
-    raise AttributeError(f"rim has no {name!r}{hint}")
+    # Names that tools ask for in passing begin with an underscore: for them nothing is loaded.
+    raise AttributeError(f"rim has no {name!r}{'' if name.startswith('_') else _hint(name)}")
+
+
+def _hint(name: str) -> str:
+    if known := _ELSEWHERE.get(name):
+        return f": that is rim.{known} here"
+    inside = {f"rim.{module}": import_module(f"{__name__}.{module}").__all__ for module in ("stats", "charts")}
+    for module, names in inside.items():
+        if name in names:
+            return f": that is {module}.{name}"
+    if hasattr(import_module(f"{__name__}.models.model").Model, name):
+        return f": that is model.{name}, of a model that is loaded"
+    return did_you_mean(name, [*_PUBLIC, *(each for names in inside.values() for each in names)])
 
 
 def __dir__() -> list[str]:

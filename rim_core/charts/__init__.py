@@ -12,7 +12,14 @@ Importing this package enables the theme and the renderer `rim`, which refuses a
 no figure is lost on a reader who cannot see it.
 """
 
+from typing import Any
+
 from rim_core.charts._drawing import PALETTE, render, save
 from rim_core.charts._figures import by_layer, distribution, heatmap, intervals, scatter
+from rim_core.paths import did_you_mean
 
 __all__ = ["PALETTE", "by_layer", "distribution", "heatmap", "intervals", "render", "save", "scatter"]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"rim.charts has no {name!r}{did_you_mean(name, __all__)}")

@@ -10,6 +10,9 @@ Read `Interval` first: what nearly every function gives.
 Every function refuses empty or non-finite input with an `InputError` instead of returning NaN.
 """
 
+from typing import Any
+
+from rim_core.paths import did_you_mean
 from rim_core.stats._formulas import Interval, cohens_d, paired_difference, proportion, t_interval
 from rim_core.stats._resampling import (
     Groups,
@@ -48,3 +51,7 @@ __all__ = [
     "t_interval",
     "yes_or_no",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"rim.stats has no {name!r}{did_you_mean(name, __all__)}")
