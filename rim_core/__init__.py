@@ -16,6 +16,7 @@ Names resolve on first use, so importing the package loads neither torch nor Alt
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from rim_core.paths import did_you_mean
@@ -115,8 +116,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return import_module(f"{__name__}.{_MODULES[name]}")
-    # Names that tools ask for in passing begin with an underscore: for them nothing is loaded.
-    raise AttributeError(f"rim has no {name!r}{'' if name.startswith('_') else _hint(name)}")
+    # `from rim_core import module` asks for the attribute first, and tools ask for underscores: nothing is loaded.
+    quiet = name.startswith("_") or find_spec(f"{__name__}.{name}")
+    raise AttributeError(f"rim has no {name!r}{'' if quiet else _hint(name)}")
 
 
 def _hint(name: str) -> str:

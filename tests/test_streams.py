@@ -89,8 +89,8 @@ def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
     assert told.endswith("in all: 1 validated\n")
     write(copy, "one/01_first", RECORD, "print('another cell')")
     told = rim(copy, "claims", "--suite", "tiny.yml").stdout
-    assert told.startswith("paper_a A1  tiny  \u2713 validated, stale  0.91 [")
-    assert told.endswith("in all: 1 validated; 1 of them stale\n")
+    assert told.startswith("paper_a A1  tiny  \u2713 validated *  0.91 [")
+    assert told.endswith("in all: 1 validated; 1 of them stale (*)\n")
     told = rim(copy, "claims", "--why", "--suite", "tiny.yml").stdout
     assert "    Stale: what the run rests on has changed since; rim run one/01_first --suite tiny" in told
     (row,) = json.loads(rim(copy, "claims", "--json", "--suite", "tiny.yml").stdout)

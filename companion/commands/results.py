@@ -18,7 +18,8 @@ def claims(options: argparse.Namespace) -> int:
     if options.json:
         print_json(rows)
         return 0
-    stale = {True: ", stale", False: "", None: ", perhaps stale"}
+    marks = (", stale", ", perhaps stale") if options.why else (" *", " *?")  # without reasons, a line a claim
+    stale = {True: marks[0], False: "", None: marks[1]}
     shown = [
         {
             "claim": f"{row['paper']} {row['claim']}",
@@ -46,8 +47,8 @@ def _count(rows: Sequence[Mapping[str, Any]]) -> str:
         return "no claims in book/claims"
     states, stale = [row["outcome"] for row in rows], [row["stale"] for row in rows]
     told = [", ".join(f"{states.count(s)} {s.replace('_', ' ')}" for s in SYMBOLS if s in states)]
-    told += [f"{stale.count(True)} of them stale"] if True in stale else []
-    told += [f"of {stale.count(None)} not known whether stale"] if None in stale else []
+    told += [f"{stale.count(True)} of them stale (*)"] if True in stale else []
+    told += [f"of {stale.count(None)} not known whether stale (*?)"] if None in stale else []
     return f"in all: {'; '.join(told)}"
 
 
