@@ -144,7 +144,7 @@ def test_titles_and_description_are_made_of_the_table(layers, chart):
 def test_a_description_names_the_least_and_the_largest_of_each_series(layers):
     table = layers.assign(series=[f"s{number}" for number in range(len(layers))])
     told = charts.by_layer(table, "accuracy", series="series", title="T").to_dict()["description"]
-    assert told.startswith("T. accuracy from s0: 0.5 (layer 0) to 0.5 (layer 0); s1: 0.6 (layer 1) to")
+    assert told.startswith("T. Accuracy from s0: 0.5 (layer 0) to 0.5 (layer 0); s1: 0.6 (layer 1) to")
     assert told.endswith("; and 2 more.")
 
 

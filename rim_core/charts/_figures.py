@@ -39,17 +39,31 @@ def _words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _described(frame: pd.DataFrame, title: str, value: str, at: Sequence[str], series: str | None = None) -> str:
+def _sentence(title: str) -> str:
+    return title if title.endswith(("?", "!", ".")) else f"{title}."
+
+
+def _place(column: str, at: Any) -> str:
+    """Where a value is: a label says so itself, a number needs its column's name."""
+    if isinstance(at, str):
+        return at
+    return f"{_words(column)} {at:.3g}" if isinstance(at, float) else f"{_words(column)} {at}"
+
+
+def _described(
+    frame: pd.DataFrame, title: str, value: str, at: Sequence[str], series: str | None = None, measure: str = ""
+) -> str:
     """What a figure shows, in words: the least and the largest value, and where they are, of each series."""
     told = []
     for name, rows in frame.groupby(series, sort=False) if series else [("", frame)]:
         rows = rows.dropna(subset=[value]).sort_values(value)
         ends = [rows[[*at, value]].iloc[[end]].to_dict("records")[0] for end in (0, -1) if len(rows)]
-        places = [", ".join(f"{_words(column)} {end[column]}" for column in at) for end in ends]
+        places = [", ".join(_place(column, end[column]) for column in at) for end in ends]
         words = " to ".join(f"{end[value]:.3g} ({place})" for end, place in zip(ends, places, strict=True))
         told.append(f"{name}: {words or 'no values'}" if series else words or "no values")
     more = f"; and {len(told) - _SERIES_TOLD} more" if len(told) > _SERIES_TOLD else ""
-    return f"{title}. {_words(value)} from {'; '.join(told[:_SERIES_TOLD])}{more}."
+    measure = measure or _words(value)
+    return f"{_sentence(title)} {measure[0].upper()}{measure[1:]} from {'; '.join(told[:_SERIES_TOLD])}{more}."
 
 
 def _legend(names: Sequence[str]) -> alt.Legend:
@@ -134,7 +148,7 @@ def by_layer(
     Example:
         >>> frame = pd.DataFrame({"layer": [0, 1], "estimate": [0.5, 0.9]})
         >>> rim.charts.by_layer(frame, y_title="accuracy").to_dict()["description"]
-        'Accuracy by layer. estimate from 0.5 (layer 0) to 0.9 (layer 1).'
+        'Accuracy by layer. Accuracy from 0.5 (layer 0) to 0.9 (layer 1).'
     """
     banded = {low, high} <= set(frame.columns) or (low, high) != ("low", "high")
     _need(frame, [x, series, value, *((low, high) if banded else ())], "by_layer")
@@ -157,7 +171,7 @@ def by_layer(
     if chance is not None:
         layers += _reference(chance, "y", "chance")
     if description is None:
-        description = _described(frame, title, value, [x], series)
+        description = _described(frame, title, value, [x], series, y_title)
     return _finish(layers, title, description, 300)
 
 
@@ -224,7 +238,7 @@ def intervals(
     lines = max(text.count("\n") + 1 for text in rows)
     height = len(rows) * max(22 * max(len(side_by_side), 1), 16 * lines + 10) + 20
     if description is None:
-        description = _described(frame, title, value, [label], series)
+        description = _described(frame, title, value, [label], series, x_title)
     line = [] if reference is None else _reference(reference, "x", "reference")
     return _finish([*shade, *line, bars, dots], title, description, height)
 
@@ -312,7 +326,7 @@ def distribution(
     outline = base.mark_line(interpolate="step-after", strokeWidth=2).encode(**dashes)
     line = [] if reference is None else _reference(reference, "x", "reference")
     if description is None:
-        description = f"{title}. {'; '.join(told)}."
+        description = f"{_sentence(title)} {'; '.join(told)}."
     return _finish([*line, bars, outline], title, description, 260)
 
 
@@ -361,7 +375,7 @@ def scatter(
         tooltip=_tips((series, series or "", ""), (x, x_title, ".4g"), (y, y_title, ".4g")),
     )
     if description is None:
-        description = _described(frame, title, y, [x], series)
+        description = _described(frame, title, y, [x], series, y_title)
     return _finish([points], title, description, 300)
 
 
@@ -398,7 +412,7 @@ def heatmap(
     Example:
         >>> frame = pd.DataFrame({"layer": [0, 0], "head": [0, 1], "effect": [0.1, -0.2]})
         >>> rim.charts.heatmap(frame, "effect", diverging=True).to_dict()["description"]
-        'Effect by layer and head. effect from -0.2 (layer 0, head 1) to 0.1 (layer 0, head 0).'
+        'Effect by layer and head. Effect from -0.2 (layer 0, head 1) to 0.1 (layer 0, head 0).'
     """
     _need(frame, [x, y, value], "heatmap")
     x_title, y_title, value_title = x_title or _words(x), y_title or _words(y), value_title or _words(value)
@@ -416,5 +430,5 @@ def heatmap(
         tooltip=_tips((x, x_title, ""), (y, y_title, ""), (value, value_title, ".4g")),
     )
     if description is None:
-        description = _described(frame, title, value, [y, x])
+        description = _described(frame, title, value, [y, x], measure=value_title)
     return _finish([cells], title, description, max(200, min(520, 18 * frame[y].nunique())))
