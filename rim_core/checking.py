@@ -269,8 +269,8 @@ def finite(
         where = f", {along} {place if names is None else names[place]}"
     count = int(bad.sum())
     raise InputError(
-        f"{what}{where}: {count} of {bad.size} numbers are NaN or infinite; nothing can be read off them (load with "
-        "dtype='float32', or look for what made them)"
+        f"{what}{where}: {count} of {bad.size} numbers are NaN or infinite; nothing can be read off them (look for "
+        "what made them: a function or an edit, or a model in 16 bits, which dtype='float32' mends)"
     )
 
 

@@ -70,6 +70,8 @@ def tidy(results: Mapping[str, Any]) -> pd.DataFrame:
         >>> table[["name", "estimate", "n"]].to_dict("list")
         {'name': ['refusals', 'chance'], 'estimate': [0.9, 0.5], 'n': [10.0, nan]}
     """
+    if not isinstance(results, Mapping):
+        raise InputError(f"tidy: give results by name, as {{'name': result}}, not a {type(results).__name__}")
     if not results:
         raise InputError("tidy: no results given; pass at least one, as {'name': result}")
     frames = []

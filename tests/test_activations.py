@@ -135,6 +135,7 @@ def test_spans_are_of_one_fragment_or_of_one_for_each_text():
     prompts = [rim.Prompt(text[-5:], "any", number, "test", 0) for number, text in enumerate(TEXTS)]
     spans = rim.find_span(model, TEXTS, prompts)
     assert [span[-1] for span in spans] == [-1, -1, -1]
+    assert rim.find_span(model, TEXTS[:1], prompts[0]) == spans[:1]
     for wrong, says in (
         (["e", "e"], "2 fragments for 3 texts"),
         (["e", "e", "x" * 9], "text 2 does not contain 'xxxxxxxxx'"),

@@ -280,6 +280,11 @@ def test_a_result_too_large_is_refused_before_it_is_made(monkeypatch):
     ("arguments", "says"),
     [
         ({"spans": {}}, "no spans"),
+        ({"spans": [[-1]] * 3}, r"\[\[-1\], \[-1\], \[-1\]\]; give {name: a list of positions for each text}"),
+        ({"spans": {"a": TEXTS}}, "span 'a' is .*; give {name: a list of positions"),
+        ({"spans": {"a": [-5, -6, -7]}}, r"span 'a' is \[-5, -6, -7\]; give {name: a list of positions"),
+        ({"spans": {"a": [["-1"], [], []]}}, "span 'a' is .*; give {name: a list of positions"),
+        ({"spans": {"a": 3}}, "span 'a' is 3; give {name: a list of positions"),
         ({"spans": {"a": [[-1]]}}, "'a' has 1 lists of positions for 3 texts"),
         ({"spans": {"a": [[-1], [0], [-1]]}}, "'a' holds position 0 in text 1"),
         ({"spans": {"a": [[-1], [-1], [-99]]}}, "'a' holds position -99 in text 2"),

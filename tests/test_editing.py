@@ -90,6 +90,8 @@ def test_contexts_nest_in_order_of_entry():
     double = Edit("resid_post", 1, lambda values, _: 2 * values)
     shift = Edit("resid_post", 1, lambda values, _: values + 5)
     plain = rim.capture(model, TEXTS, "resid_post")["resid_post"][:, 1]
+    with editing(model, Edit("resid_post", 1, lambda values: 2 * values)):  # of one argument
+        assert torch.equal(rim.capture(model, TEXTS, "resid_post")["resid_post"][:, 1], 2 * plain)
     with editing(model, [double]), editing(model, [shift]):
         assert model.edits == [double, shift]
         assert_close(rim.capture(model, TEXTS, "resid_post")["resid_post"][:, 1], 2 * plain + 5)

@@ -164,6 +164,9 @@ def test_pictures_say_what_they_show():
         spec = chart.to_dict()
         assert spec["title"]["text"]
         assert len(spec["description"]) > 40
+        assert "?." not in spec["description"]
+    ranks = reading.to_frame().query("measure == 'rank'")
+    assert ranks["low"].min() == 0 < ranks["high"].max()
     with pytest.raises(InputError, match=r"unknown measure .* 'odds': choose from logit"):
         reading.plot("odds")
     with pytest.raises(InputError, match="position -3 was not read"):

@@ -418,7 +418,10 @@ def test_frame_and_plots():
         ({"metric": rim.LogitDifference("How", ["Why", " How"])}, "How is on both sides"),
         ({"metric": 3.0}, "is no metric"),
         ({"metric": rim.refusal_log_odds}, r"give rim.RefusalLogOdds\(\)"),
-        ({"metric": rim.LogitMetric(lambda logits: logits.sum())}, r"the metric maps logits \[3, 400\] to shape \[\]"),
+        (
+            {"metric": rim.LogitMetric(lambda logits: logits.sum())},
+            r"the metric <lambda> maps logits .* \[3, 400\], to shape \[\]",
+        ),
         ({"metric": rim.LogitMetric(lambda logits: 1.0)}, "to float: it must give a tensor with one number a row"),
         ({"metric": rim.LogProbability([])}, "no tokens"),
         ({"metric": rim.RefusalLogOdds([])}, "at least one"),

@@ -289,7 +289,7 @@ BAD_CALLS = [
     (lambda: probe_layers(noise(40), np.ones(40)), r"labels hold \[1.0\]; give 0 and 1"),
     (lambda: probe_layers(noise(40), alternating(40) + 1), "give 0 and 1"),
     (lambda: probe_layers(noise(40), ["yes", "no"] * 20), "which one counts as 1 as positive="),
-    (lambda: probe_layers(noise(40), ["yes", "no"] * 20, positive="maybe"), r"labels hold \['no', 'yes'\]"),
+    (lambda: probe_layers(noise(40), ["yes", "no"] * 20, positive="maybe"), r"'maybe' is no label; .* \['no', 'yes'\]"),
     (lambda: probe_layers(noise(40), ["a", "b", "c", "d"] * 10, positive="a"), "two others"),
     (lambda: probe_layers(noise(40), np.arange(40) == 0), "give more prompts"),
     (lambda: probe_layers(noise(40), alternating(40), groups=np.zeros(40)), "one group"),
@@ -305,6 +305,10 @@ BAD_CALLS = [
     (lambda: probe_layers(noise(40), alternating(40), C=0), "C must be .* above 0"),
     (lambda: probe_layers(noise(40), alternating(40), max_iter=0), "max_iter must be"),
     (lambda: probe_layers(noise(40), alternating(40)).to_frame("gap"), "unknown measure 'gap'"),
+    (
+        lambda: probe_layers(noise(40), alternating(40), controls="shuffled").differences["bow"],
+        "unknown control of this result 'bow': choose from shuffled$",
+    ),
 ]
 
 

@@ -89,9 +89,28 @@ REFUSALS = [
     (lambda m: patch(m, max_tokens=2.5), "max_tokens must be a whole number"),
     (lambda m: rim.attribution_patch(m, [HOW], [WHY], "mlp", norm, sample=1.5), "sample must be a whole number"),
     # A metric that gives something else than one number a state.
-    (lambda m: patch(m, metric=lambda state: state), r"the metric maps states \[1, .*32\] to shape"),
+    (lambda m: patch(m, metric=lambda state: state), r"the metric <lambda> maps final states .*\[1, .*32\].* to shape"),
     (lambda m: patch(m, metric=lambda state: 1.0), "to float: it must give a tensor"),
-    (lambda m: patch(m, metric=lambda state: state.sum()), "to shape"),
+    (lambda m: patch(m, metric=lambda state: state.sum()), "logits give rim.LogitMetric.* to shape"),
+    # A function that fails, or that is meant for something else.
+    (
+        lambda m: patch(m, metric=lambda s: s[..., 99]),
+        r"<lambda> fails on final states .*LogitMetric\(fn\)\): IndexErr",
+    ),
+    (
+        lambda m: patch(m, metric=rim.LogitMetric(lambda x: x @ x)),
+        r"fails on logits \[rows, vocab\], here .*RuntimeError",
+    ),
+    (lambda m: rim.LogitMetric("entropy"), "LogitMetric: give a function of logits .*, not 'entropy'"),
+    (lambda m: patch(m, metric=rim.RefusalLogOdds), r"give rim.RefusalLogOdds\(...\), an instance"),
+    (lambda m: rim.against_random(m, [(0, 1)], rim.RefusalLogOdds()), "measure must be a function of the model"),
+    (lambda m: rim.against_random(m, [(0, 1)], lambda: 0.0), "measure must be a function of the model"),
+    (lambda m: used(editing(m, norm)), r"editing: give Edit\(site, layer, function\), .* rim.edit\(model, function"),
+    (lambda m: used(editing(m, 5)), "editing: edits must be a list, not 5"),
+    (lambda m: used(editing(m, Edit("resid_post", 1, 2.0))), r"editing: give Edit\(site, layer, function\)"),
+    (lambda m: used(rim.ablate(m, heads=(3, 1))), r"heads must be \(layer, head\) pairs .*, not \(3, 1\)"),
+    (lambda m: rim.logit_lens(m, [HOW], layers="all"), "layers must be whole numbers, not 'all'; None is all layers"),
+    (lambda m: m.checked_layer("last"), "layer must be a whole number, not 'last'"),
     # Numbers that are none must not pass into a result.
     (lambda m: patch(m, metric=lambda state: norm(state) * NAN), "the metric of the destination runs, pair 0: 1 of 1"),
 ]
@@ -169,7 +188,10 @@ CHECKS = [
     (lambda: checking.number(np.complex128(1), "x"), "x must be a finite number"),
     (lambda: json.loads('{"a": {"b": 1, "b": 2}}', object_pairs_hook=checking.distinct_keys), "^'b'$"),
     (lambda: checking.number(1, "x", above=0, below=1), "above 0 and below 1, not 1"),
-    (lambda: checking.finite(np.array([[1, NAN]]), "x", 1, "layer"), "x, layer 1: 1 of 2 numbers are NaN"),
+    (
+        lambda: checking.finite(np.array([[1, NAN]]), "x", 1, "layer"),
+        "x, layer 1: 1 of 2 .* a function or an edit, or a model in 16 bits",
+    ),
     (lambda: checking.finite(torch.tensor([1.0, torch.inf]), "x"), "x: 1 of 2 numbers are NaN or infinite"),
 ]
 

@@ -75,6 +75,8 @@ def test_a_folder_is_put_in_place_whole(tmp_path):
         (lambda folder: means(pd.DataFrame({"a": [1.0]}), "b"), "no column b; the frame has a"),
         (lambda folder: means(pd.DataFrame({"a": [np.inf, 1.0]}), "a"), "NaN or infinite"),
         (lambda folder: rim.tidy({}), "no results given"),
+        (lambda folder: rim.tidy([1.0]), "tidy: give results by name, as {'name': result}, not a list"),
+        (lambda folder: rim.charts.by_layer({"layer": [0]}), "charts.by_layer: give a pandas DataFrame, .* not a dict"),
         (lambda folder: rim.tidy({"x": pd.DataFrame({"name": [1]})}), "x has a column 'name' of its own"),
         (lambda folder: rim.tidy({"x": "y"}), "tidy: x must be a finite number, not 'y'"),
         (lambda folder: paths.read_json(folder / "none.json"), "cannot read .*none.json: No such file"),

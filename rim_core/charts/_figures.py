@@ -21,6 +21,10 @@ _SERIES_TOLD = 6  # in a description that is made of the table
 
 
 def _need(frame: pd.DataFrame, columns: Sequence[str | None], function: str) -> None:
+    if not isinstance(frame, pd.DataFrame):
+        raise InputError(
+            f"charts.{function}: give a pandas DataFrame, such as result.to_frame(), not a {type(frame).__name__}"
+        )
     missing = [name for name in columns if name is not None and name not in frame.columns]
     if missing:
         known = ", ".join(map(str, frame.columns))

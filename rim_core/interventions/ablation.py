@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rim_core.checking import listed, number, one_of, whole
+from rim_core.checking import number, one_of, whole
 from rim_core.errors import InputError
 from rim_core.interventions.components import COMPONENTS, Unit, columns_of, units_of
 from rim_core.models.batching import run_batches, token_budget
@@ -84,8 +84,8 @@ def ablate(
         >>> bool((state.mean(-1).abs() < 1e-4).all())
         True
     """
-    heads = [] if heads is None else listed(heads, "heads")
-    neurons = [] if neurons is None else listed(neurons, "neurons")
+    heads = [] if heads is None else units_of(model, heads, "heads")
+    neurons = [] if neurons is None else units_of(model, neurons, "neurons")
     mode = one_of(("mean" if direction is None else "zero") if mode is None else mode, MODES, "mode")
     _refuse(heads, neurons, direction, mode, reference, number(factor, "factor"), keep_norm)
     seed = whole(seed, "ablate: seed")
@@ -101,7 +101,7 @@ def ablate(
     else:
         columns: dict[tuple[str, int], list[int]] = {}
         for component, given in (("heads", heads), ("neurons", neurons)):
-            for pair in units_of(model, given, component):
+            for pair in given:
                 part = columns_of(model, component, pair)
                 columns.setdefault((COMPONENTS[component], pair[0]), []).extend(range(part.start, part.stop))
         if heads:

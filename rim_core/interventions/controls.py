@@ -1,5 +1,6 @@
 """Controls: heads, sets of heads and directions drawn at random, and a set of heads judged against such sets."""
 
+import inspect
 import math
 import random
 from collections import Counter
@@ -12,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rim_core.checking import is_whole, number, whole
+from rim_core.checking import is_whole, number, shown, whole
 from rim_core.errors import InputError
 from rim_core.interventions.ablation import Reference, ablate
 from rim_core.interventions.components import Unit, units_of
@@ -196,15 +197,16 @@ def against_random(
     Args:
         model: a loaded model.
         heads: `(layer, head)` pairs under test, chosen on other prompts than those measured.
-        measure: called with the model under each ablation; gives one number.
+        measure: a function of the model, called under each ablation; gives one number.
         n_sets: random sets; the smallest p-value that can be reached is `1 / (n_sets + 1)`.
         per_layer: draw as many heads in each layer as `heads` has there, so that depth is no difference.
         seed: of the draw, and of "resample".
-        mode: as in `ablate`.
+        mode: as in `ablate`, but by default "zero", which needs no reference.
         reference: as in `ablate`.
 
     Raises:
-        InputError: as `ablate` and `random_sets`, or a measure that is not one finite number.
+        InputError: as `ablate` and `random_sets`, a measure that is no function of the model (a metric such as
+            `RefusalLogOdds()` is none), or one that does not give one finite number.
 
     Example:
         >>> def refusal(model):
@@ -213,6 +215,13 @@ def against_random(
         >>> found.null.shape, found.p_value >= 1 / 3
         ((2,), True)
     """
+    try:
+        inspect.signature(measure).bind(model)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"against_random: measure must be a function of the model, run under each ablation, such as lambda model: "
+            f"rim.refusal_log_odds(model, texts).mean(), not {shown(measure)}"
+        ) from None
     heads = units_of(model, heads, "heads")
     sets = random_sets(model, heads, n_sets=n_sets, per_layer=per_layer, seed=seed)
 

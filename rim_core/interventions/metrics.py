@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rim_core.checking import number
+from rim_core.checking import number, shown
 from rim_core.errors import InputError
+from rim_core.models.batching import told_of
 from rim_core.models.first_tokens import log_odds, refusal_tokens
 from rim_core.models.model import Model
 from rim_core.models.tokens import Tokens, single_tokens, two_sides
@@ -193,9 +194,13 @@ class LogitMetric:
 
     function: Callable[[Tensor], Tensor]
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise InputError(f"LogitMetric: give a function of logits [rows, vocab], not {shown(self.function)}")
+
     def bind(self, model: Model, text: str = "") -> Bound:
-        """The metric on this model; its calls raise InputError where the function gives another shape."""
-        return _of_logits(model, lambda rows: _scores(self.function, rows, "logits"), "metric")
+        """The metric on this model; its calls raise InputError where the function fails or gives another shape."""
+        return _of_logits(model, lambda rows: _scores(self.function, rows, "logits [rows, vocab]"), "metric")
 
 
 Named = Projection | ProbeScore | LogitDifference | LogProbability | RefusalLogOdds | LogitMetric
@@ -213,21 +218,28 @@ def bind(model: Model, metric: Metric, text: str) -> Bound:
     name = getattr(metric, "__name__", "metric")
     if name == "refusal_log_odds":
         raise InputError("rim.refusal_log_odds measures texts, not states: give rim.RefusalLogOdds() as the metric")
+    if isinstance(metric, type) and issubclass(metric, Named):
+        raise InputError(f"rim.{name} is the metric's class: give rim.{name}(...), an instance")
     if callable(metric):
-        return Bound("resid_post", model.n_layers - 1, lambda states: _scores(metric, states, "states"), "metric")
+        own: Any = metric
+        what, hint = "final states [..., d_model]", " (for a function of logits give rim.LogitMetric(fn))"
+        return Bound("resid_post", model.n_layers - 1, lambda states: _scores(own, states, what, hint), "metric")
     raise InputError(
         f"{metric!r} is no metric: give Projection, LogitDifference, LogProbability, RefusalLogOdds, ProbeScore, "
         "LogitMetric or a function"
     )
 
 
-def _scores(function: Callable[[Tensor], Tensor], rows: Tensor, what: str) -> Tensor:
+def _scores(function: Callable[[Tensor], Tensor], rows: Tensor, what: str, hint: str = "") -> Tensor:
     """What a user's function makes of each row."""
-    found = function(rows)
+    name = getattr(function, "__name__", type(function).__name__)
+    given = f"{what}, here {list(rows.shape)}{hint}"
+    with told_of(f"the metric {name} fails on {given}"):
+        found = function(rows)
     if not isinstance(found, Tensor) or found.shape != rows.shape[:-1]:
         got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise InputError(
-            f"the metric maps {what} {list(rows.shape)} to {got}: it must give a tensor with one number a row, "
+            f"the metric {name} maps {given}, to {got}: it must give a tensor with one number a row, "
             f"{list(rows.shape[:-1])}"
         )
     return found

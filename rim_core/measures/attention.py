@@ -293,9 +293,16 @@ def _queries(queries: Positions, lengths: Sequence[int]) -> list[int]:
 
 
 def _check_spans(spans: Mapping[str, Sequence[Sequence[int]]], lengths: Sequence[int], query: int) -> None:
-    if not spans:
-        raise InputError("attention_to_spans: no spans; give their positions by name (see rim.find_span)")
+    form = "give {name: a list of positions for each text}, such as {'request': rim.find_span(model, texts, prompts)}"
+    if not isinstance(spans, Mapping) or not spans:
+        raise InputError(f"attention_to_spans: {'no spans' if not spans else checking.shown(spans)}; {form}")
     for name, by_text in spans.items():
+        try:
+            lists = [checking.listed(keys, "") for keys in checking.listed(by_text, "")]
+        except InputError:
+            lists = [[None]]
+        if not all(checking.is_whole(key) for keys in lists for key in keys):
+            raise InputError(f"attention_to_spans: span {name!r} is {checking.shown(by_text)}; {form}")
         if len(by_text) != len(lengths):
             raise InputError(
                 f"attention_to_spans: span {name!r} has {len(by_text)} lists of positions for {len(lengths)} texts; "

@@ -79,11 +79,13 @@ class LogitLens:
 
     def to_frame(self) -> pd.DataFrame:
         """Give a row for each position, layer, token and measure: estimate (mean over texts), low, high (95 % t
-        interval), n.
+        interval, of ranks cut at 0), n.
         """
         axes = {"position": self.positions, "layer": self.layers, "token": self.tokens}
         frames = [by_axes(getattr(self, name), **axes).assign(measure=name) for name in MEASURES]
-        return pd.concat(frames, ignore_index=True)
+        frame = pd.concat(frames, ignore_index=True)
+        frame.loc[frame["measure"] == "rank", "low"] = frame["low"].clip(lower=0)
+        return frame
 
     def plot(self, measure: str = "log_probability", *, position: int | None = None) -> "alt.LayerChart":
         """Draw one measure over layers, a line a named token, at one position (by default the last one read).

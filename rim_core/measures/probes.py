@@ -123,7 +123,7 @@ def probe_layers(
     *,
     groups: Groups = None,
     texts: Sequence[str] | None = None,
-    controls: Sequence[str] | None = None,
+    controls: str | Sequence[str] | None = None,
     positive: Any = None,
     seed: int = 0,
     test_size: float = 0.3,
@@ -151,8 +151,8 @@ def probe_layers(
         labels: `[prompt]` of 0 and 1, or of any two values of which `positive` is named.
         groups: `[prompt]` of what must not be split (category, pair), or None.
         texts: `[prompt]`, what the controls of the texts read.
-        controls: any of "shuffled", "random_features", "bag_of_words" and "length". By default the first two, and
-            "bag_of_words" where texts are given.
+        controls: one or several of "shuffled", "random_features", "bag_of_words" and "length". By default the first
+            two, and "bag_of_words" where texts are given.
         positive: the label that counts as 1; the other one counts as 0.
         seed: of the split, the permutation, the noise and the bootstrap.
         test_size: share of prompts (with groups: of groups) held out. Published: 0.3.
@@ -179,6 +179,7 @@ def probe_layers(
     data, y, codes = _checked(features, labels, positive, groups)
     if controls is None:
         controls = ("shuffled", "random_features", *([] if texts is None else ["bag_of_words"]))
+    controls = [controls] if isinstance(controls, str) else checking.listed(controls, "probe_layers: controls")
     for name in controls:
         checking.one_of(name, CONTROLS, "probe_layers: control")
     checking.number(test_size, "probe_layers: test_size", above=0, below=1)
@@ -213,14 +214,23 @@ def probe_layers(
     grouped = "" if test_codes is None else f"bootstrap over {len(np.unique(test_codes))} groups, at least "
     return ProbeResult(
         **vars(probe),
-        controls=measured,
-        differences={name: _difference(probe, control, test_codes, seed) for name, control in measured.items()},
+        controls=_ByControl(measured),
+        differences=_ByControl(
+            {name: _difference(probe, control, test_codes, seed) for name, control in measured.items()}
+        ),
         train=train,
         test=test,
         test_groups=test_codes,
         majority=float((y[test] == majority).mean()),
         interval_method=f"{grouped}Clopper-Pearson",
     )
+
+
+class _ByControl(dict[str, Any]):
+    """What was measured by control; raises InputError for one that was not asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        return checking.one_of(name, self, "control of this result")
 
 
 @dataclass(frozen=True)
@@ -361,7 +371,9 @@ def _checked(features: Any, labels: Any, positive: Any, groups: Groups) -> tuple
     kinds = sorted(set(given.tolist()), key=str)
     if positive is None and kinds == [0, 1]:
         positive = 1
-    if len(kinds) != 2 or positive not in kinds:
+    if len(kinds) == 2 and positive is not None and positive not in kinds:
+        raise InputError(f"probe_layers: positive={positive!r} is no label; the labels are {checking.shown(kinds)}")
+    if len(kinds) != 2 or positive is None:
         raise InputError(
             f"probe_layers: labels hold {checking.shown(kinds)}; give 0 and 1, or two others and which one counts as "
             "1 as positive="

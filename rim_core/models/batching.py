@@ -1,5 +1,6 @@
 """Texts in batches of what fits in memory: halved where it does not, put back in the callers' order."""
 
+import contextlib
 import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rim_core.errors import InputError
+from rim_core.errors import InputError, RimError, first_line
 
 if TYPE_CHECKING:
     from rim_core.models.layout import Layout
@@ -79,6 +80,19 @@ def _halves(rows: list[int]) -> list[list[int]]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whatever device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+@contextlib.contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """Within the context what a user's function raises is one InputError that begins with `where`; want of memory,
+    which halves a batch, and the package's own errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RimError) or out_of_memory(error):
+            raise
+        raise InputError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def free_on_gpus(layout: "Layout") -> int:

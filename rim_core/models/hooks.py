@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rim_core.checking import array, shown, whole_numbers
-from rim_core.errors import InputError, first_line
-from rim_core.models.batching import out_of_memory
+from rim_core.checking import array, listed, shown, whole_numbers
+from rim_core.errors import InputError
+from rim_core.models.batching import told_of
 from rim_core.models.padding import Positions
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class Edit:
     Attributes:
         site: a name from `sites.SITES`.
         layer: counted from 0.
-        apply: `apply(values, positions)` gives the new values `[batch, slot, width]`; `positions` is `Frame.queries`.
-            Heads come flat, `[..., n_heads * head_dim]`. It must not change its input in place.
+        apply: `apply(values)` or `apply(values, positions)` gives the new values `[batch, slot, width]`; `positions`
+            is `Frame.queries`. Heads come flat, `[..., n_heads * head_dim]`. It must not change its input in place.
         positional: whether `apply` looks at the positions.
         lowest: the position that every text must be long enough for, 0 for none.
 
@@ -153,7 +153,7 @@ class Edit:
 
     site: str
     layer: int
-    apply: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[..., Tensor]
     positional: bool = False
     lowest: int = 0
 
@@ -312,11 +312,13 @@ class _Hooks:
                 masked = _mask_hook(edit, self._frame)
                 handles.append(layout.attention[edit.layer].register_forward_pre_hook(masked, with_kwargs=True))
             else:
-                handles.append(hook(layout.point(edit.site, edit.layer), partial(self._edited, edit)))
+                edited = partial(self._edited, edit, _takes_positions(edit.apply))
+                handles.append(hook(layout.point(edit.site, edit.layer), edited))
 
-    def _edited(self, edit: Edit, values: Tensor) -> Tensor:
+    def _edited(self, edit: Edit, told: bool, values: Tensor) -> Tensor:
         slots = self._frame().on(values.device).queries
-        return _called(lambda x: edit.apply(x, slots), values, f"the edit at {edit.site}, layer {edit.layer}")
+        change = (lambda x: edit.apply(x, slots)) if told else edit.apply
+        return _called(change, values, f"the edit at {edit.site}, layer {edit.layer}")
 
     def remove(self) -> None:
         while self._handles:
@@ -350,28 +352,34 @@ def editing(model: "Model", edits: Edit | MaskEdit | Sequence[Edit | MaskEdit]) 
         edits: one edit or several, made in this order.
 
     Raises:
-        InputError: an unknown site, or a layer that the model does not have; inside, an edit that gives no tensor of
-            the shape and dtype that it was given, or changes that in place.
+        InputError: what is no edit, an unknown site, or a layer that the model does not have; inside, an edit that
+            gives no tensor of the shape and dtype that it was given, or changes that in place.
 
     Example:
         >>> shift = rim.editing.edit_at("last", "resid_pre", 0, lambda values: values + 1)
         >>> with rim.editing.editing(model, [shift]):
         ...     answers = rim.generate(model, texts, max_new_tokens=2)
     """
-    listed = [edits] if isinstance(edits, Edit | MaskEdit) else list(edits)
-    model.checked_layers([edit.layer for edit in listed]) if listed else None
+    single = isinstance(edits, Edit | MaskEdit) or callable(edits)
+    made: list[Any] = [edits] if single else listed(edits, "editing: edits")
+    if wrong := [one for one in made if not (isinstance(one, Edit | MaskEdit) and callable(one.apply))]:
+        raise InputError(
+            f"editing: give Edit(site, layer, function), one or several, not {shown(wrong[0])}; for a function alone "
+            "there is rim.edit(model, function, layers=...)"
+        )
+    model.checked_layers([edit.layer for edit in made]) if made else None
     attention = model.hf.config.get_text_config()._attn_implementation
-    if attention not in ("eager", "sdpa") and any(isinstance(edit, MaskEdit) for edit in listed):
+    if attention not in ("eager", "sdpa") and any(isinstance(edit, MaskEdit) for edit in made):
         raise InputError(f"attention {attention!r} takes no mask of one's own: load with 'sdpa' or 'eager'")
-    hooks = _Hooks(model, listed)
+    hooks = _Hooks(model, made)
     try:
         hooks.put()
         model.hooks.append(hooks)
-        model.edits.extend(listed)
+        model.edits.extend(made)
         try:
             yield model
         finally:
-            del model.edits[len(model.edits) - len(listed) :]
+            del model.edits[len(model.edits) - len(made) :]
             model.hooks.remove(hooks)
     finally:
         hooks.remove()
@@ -389,6 +397,7 @@ def edit(
     """Within the context `fn` is put on a site of some layers: a hook of your own, in every tool.
 
     It holds in `generate`, `capture`, `patch` and plain calls of `model.hf`, and nests with other interventions.
+    Without `with` nothing happens: the call alone puts no hook.
 
     Args:
         model: a loaded model.
@@ -428,14 +437,8 @@ def _by_function(model: "Model", fn: Callable[..., Tensor], site: str, layer: in
 
     def apply(values: Tensor, slots: Tensor) -> Tensor:
         x = values.unflatten(-1, (model.n_heads, model.head_dim)) if site == "head_z" else values
-        try:
+        with told_of(f"{where} fails on x {list(x.shape)}"):
             new = _called(lambda x: fn(x, slots) if told else fn(x), x, where)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            if out_of_memory(error):
-                raise
-            raise InputError(
-                f"{where} fails on x {list(x.shape)}: {type(error).__name__}: {first_line(error)}"
-            ) from error
         new = torch.where(at(slots, positions).view(*slots.shape, *[1] * (x.dim() - 2)), new, x)
         if not bool(new.isfinite().all()) and bool(x.isfinite().all()):
             raise InputError(f"{where} makes numbers that are NaN or infinite of finite ones")

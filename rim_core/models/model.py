@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from rim_core.checking import whole_numbers
+from rim_core.checking import whole, whole_numbers
 from rim_core.errors import InputError, RimWarning
 from rim_core.identity import adapter_identity, digest
 from rim_core.models import checks
@@ -145,6 +145,8 @@ class Model:
         """
         if layers is None:
             return tuple(range(lowest, self.n_layers))
+        if isinstance(layers, str):
+            raise InputError(f"layers must be whole numbers, not {layers!r}; None is all layers")
         chosen = tuple(whole_numbers(layers, "layers"))
         if wrong := [layer for layer in chosen if not lowest <= layer < self.n_layers]:
             raise InputError(
@@ -154,7 +156,7 @@ class Model:
 
     def checked_layer(self, layer: int | None) -> int:
         """The one layer asked for; None is the last. Raises InputError where there is none such."""
-        return self.checked_layers(self.n_layers - 1 if layer is None else layer)[0]
+        return self.checked_layers(self.n_layers - 1 if layer is None else whole(layer, "layer"))[0]
 
     def require(self, tool: str, *identities: str) -> None:
         """Raise IdentityError unless these identities held when the model was loaded, InputError if it is far away."""

@@ -78,7 +78,7 @@ def find_span(model: Any, texts: Sequence[str], fragment: Any) -> list[list[int]
     Args:
         model: a `Model`, or its tokenizer.
         texts: prompts as the model is to see them.
-        fragment: what to look for in all of them; or a string, or a `Prompt`, for each.
+        fragment: what to look for in all of them, a string or a `Prompt`; or a list of these, one for each.
 
     Raises:
         InputError: a text without its fragment, fragments that are not one a text, or a tokenizer that does not tell
@@ -91,7 +91,7 @@ def find_span(model: Any, texts: Sequence[str], fragment: Any) -> list[list[int]
     tokenizer = tokenizer_of(model)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError("spans need a fast tokenizer, which knows where each token begins in the text")
-    found = checked(texts)
+    found, fragment = checked(texts), getattr(fragment, "text", fragment)
     if isinstance(fragment, str):
         fragments = [fragment] * len(found)
     else:
