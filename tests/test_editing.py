@@ -303,7 +303,7 @@ def test_an_edit_that_cannot_be_made_gets_one_line(make, says):
 def test_a_function_that_gives_no_new_value_is_told_with_site_and_layer(edit, says):
     model = load_tiny("llama")
     before = hooks(model)
-    for run in (lambda: rim.capture(model, TEXTS, "resid_post"), lambda: rim.generate(model, TEXTS, 2)):
+    for run in (lambda: rim.capture(model, TEXTS, "resid_post"), lambda: rim.generate(model, TEXTS, max_new_tokens=2)):
         with pytest.raises(InputError, match=says) as told, edit():
             run()
         assert "\n" not in str(told.value)
@@ -339,11 +339,14 @@ def test_a_function_of_one_s_own_holds_in_every_tool(family):
     metric = rim.Projection(some(model.d_model))
     for positions in ("all", "last", "answer", [-2, -1]):
         with editing(model, edit_at(positions, "head_z", 1, by_hand)):
-            wanted = rim.capture(model, texts, "resid_post")["resid_post"], rim.generate(model, texts, STEPS)
+            wanted = (
+                rim.capture(model, texts, "resid_post")["resid_post"],
+                rim.generate(model, texts, max_new_tokens=STEPS),
+            )
             patched = rim.patch(model, texts, texts[::-1], "mlp", metric).effects
         with rim.edit(model, lambda z: z + shift, layers=1, site="head_z", positions=positions):
             assert_close(rim.capture(model, texts, "resid_post")["resid_post"], wanted[0])
-            assert rim.generate(model, texts, STEPS) == wanted[1]
+            assert rim.generate(model, texts, max_new_tokens=STEPS) == wanted[1]
             assert_close(rim.patch(model, texts, texts[::-1], "mlp", metric).effects, patched)
     told = []
 

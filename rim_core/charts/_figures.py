@@ -154,7 +154,7 @@ def by_layer(
         >>> rim.charts.by_layer(frame, y_title="accuracy").to_dict()["description"]
         'Accuracy by layer. Accuracy from 0.5 (layer 0) to 0.9 (layer 1).'
     """
-    banded = {low, high} <= set(frame.columns) or (low, high) != ("low", "high")
+    banded = {low, high} <= set(getattr(frame, "columns", ())) or (low, high) != ("low", "high")
     _need(frame, [x, series, value, *((low, high) if banded else ())], "by_layer")
     x_title, y_title = x_title or _words(x), y_title or _words(value)
     title = title or f"{y_title} by {x_title}".capitalize()
