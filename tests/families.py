@@ -10,41 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tiny import tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import FAMILIES, write_model
 
 import rim_core as rim
 from rim_core.models.layout import SITES
 from rim_core.models.model import Model
-
-SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 400}
-GQA = {"num_key_value_heads": 2, "intermediate_size": 64}
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-# Windows of 6 tokens and soft caps of a few units change the numbers of short prompts.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": GQA,
-    "qwen2": {**GQA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
-    # Here heads times head_dim is not the width of the stream.
-    "qwen3": {**GQA, "head_dim": 16},
-    "mistral": {**GQA, "sliding_window": 6},
-    "gemma2": {
-        **GQA,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 6,
-        "layer_types": MIXED,
-        "final_logit_softcapping": 8.0,
-        "attn_logit_softcapping": 2.0,
-    },
-    "gemma3_text": {**GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "layer_types": MIXED},
-    "phi3": {**GQA, "sliding_window": 6},
-    "gpt2": {},
-    "gpt_neox": {"intermediate_size": 64},
-    "olmo2": GQA,
-    "falcon": {},
-    "cohere2": {**GQA, "sliding_window": 6, "layer_types": MIXED, "logit_scale": 0.25},
-    "qwen3_moe": {**GQA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-}
 
 
 class Modules(NamedTuple):
@@ -84,22 +54,8 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="rim-families-")
 
 
 def write_family(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """Write a tiny random model of a family, one of `FAMILIES` or any other with its own `changes` to the sizes."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
-    config.eos_token_id = config.pad_token_id = 2
-    config.bos_token_id = 1
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        # Usual initial weights are so small, and biases and norms so plain, that errors would not show.
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.5 if "embed" in name or "wte" in name else 0.2)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    """Write a tiny random model of a family, no weight of which is plain."""
+    return write_model(folder, family, seed=seed, drawn=True, **changes)
 
 
 @cache

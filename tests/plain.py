@@ -115,6 +115,7 @@ def some(*shape, seed=0):
 
 
 def assert_close(found, wanted):
+    assert found.shape == wanted.shape
     scale = wanted.abs().max()
     assert (found - wanted).abs().max() <= 1e-4 * scale, (found - wanted).abs().max() / scale
 

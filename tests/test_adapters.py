@@ -41,7 +41,7 @@ def bases(tmp_path_factory):
     def base(quantization=None, tied=False):
         if (quantization, tied) not in made:
             folder = tmp_path_factory.mktemp("base")
-            write_model(folder, tied=tied)
+            write_model(folder, tie_word_embeddings=tied)
             model = rim.load(str(folder), quantization=quantization, device="cpu")
             made[quantization, tied] = folder, model, plain_model(folder, quantization)
         return made[quantization, tied]

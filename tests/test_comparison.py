@@ -18,7 +18,6 @@ from companion import comparison
 from companion.outcomes import rows
 from companion.pages import staging
 from rim_core.errors import InputError
-from rim_core.verdicts import deciding
 from rim_core.verdicts.schema import load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,13 +109,8 @@ def add_pages(root: Path) -> None:
 
 
 def put_run(root: Path, suite: str, published: float) -> None:
-    folder = root / "results" / suite / "one" / "01_first" / "default"
-    folder.mkdir(parents=True, exist_ok=True)
-    claim = load_claims("paper_a", root / "book" / "claims")[0]
     values = {"published": [published - 0.01, published, published + 0.01], "elsewhere": [0.5, 0.5, 0.5]}
-    found = deciding.decide(claim, values, controls={"shuffled_share": [1.0, 2.0, 1.5]})
-    (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
-    (folder / "claims.json").write_text(json.dumps([found.to_dict()]), encoding="utf-8")
+    tiny_project.put_run(root, suite, values, shuffled_share=[1.0, 2.0, 1.5])
 
 
 @pytest.fixture

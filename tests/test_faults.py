@@ -15,37 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import tiny_project
-from tiny_project import RECORD, rim, start, write
+from tiny_project import RECORD, kernels, leftovers, rim, start, wait_for, write
 
 from companion import folders, runner, staleness
 from rim_core import locks
 
 SUITES = ("tiny.yml", "other.yml")
 # Where a kill is most likely to hurt, whatever the seed: nothing there yet, and the last moments.
-MOMENTS = sorted(random.Random(5).uniform(0.0, 1.0) for _ in range(20))
-
-
-def leftovers(root: Path) -> list[Path]:
-    return list((root / "results").rglob(".*")) + list(root.glob("results/*/*/*/failed"))
-
-
-def kernels(root: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if "ipykernel_launcher" in (process.info["cmdline"] or []) and process.info["cwd"] == str(root):
-            found.append(process)
-    return found
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
-    return found
+MOMENTS = sorted(random.Random(5).uniform(0.0, 1.0) for _ in range(10))
 
 
 def read(path: Path) -> Any:
@@ -92,7 +71,7 @@ def grid(root: Path) -> Path:
 
 
 def test_runs_killed_at_random_moments_end_in_the_same_results(tmp_path):
-    # A server that has imported what a run needs makes twenty runs cheap; each is a process of its own.
+    # A server that has imported what a run needs makes many runs cheap; each is a process of its own.
     start_method = multiprocessing.get_context("forkserver")
     start_method.set_forkserver_preload(["companion.execution", "companion.runner"])
     undisturbed, disturbed = grid(tmp_path / "undisturbed"), grid(tmp_path / "disturbed")
@@ -129,7 +108,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_results(tmp_path):
         for path in disturbed.glob("results/*/*/*/default"):
             assert sorted(each.name for each in path.iterdir()) == ["claims.json", "notebook.ipynb", "run.json"]
             assert read(path / "run.json")["status"] == "ok"
-    assert killed >= 10, "hardly a kill fell inside a run"
+    assert killed >= 5, "hardly a kill fell inside a run"
     last = begin(disturbed)
     last.join()
     assert last.exitcode == 0

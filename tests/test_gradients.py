@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from families import MODULES, family_folder, load_tiny
 from peft import LoraConfig, get_peft_model
-from plain import hooks, plain_model
+from plain import assert_close, hooks, plain_model
 
 import rim_core as rim
 from rim_core.errors import InputError
@@ -28,12 +28,6 @@ PROMPTS = [
 ]
 COMPLETIONS = [" An apple.", " The moon pulls the sea.", " Air.", " Good day to you, friend.", " Use a pan.", " Water"]
 LABELS = ["facts", "facts", "facts", "talk", "talk", "talk"]
-
-
-def assert_close(found, wanted, tolerance=1e-4):
-    assert found.shape == wanted.shape
-    error = (found - wanted).abs().max() / wanted.abs().max()
-    assert error <= tolerance, error
 
 
 def plain(family):

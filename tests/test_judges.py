@@ -3,14 +3,13 @@
 import contextlib
 import json
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 import torch
 from families import load_tiny
+from serving import Handler, serving
 from tiny import TEXTS, tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -194,51 +193,39 @@ def reply(text, status=200, headers=()):
 
 
 class Stub:
-    """A server that answers by a script: one `(status, body, headers)` a request, the last one for ever."""
+    """Answers by a script: one `(status, body, headers)` a request, the last one for ever."""
 
     def __init__(self, script, delay=0.0):
         self.requests = []
         stub = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
+        class Answers(Handler):
+            def respond(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 stub.requests.append((self.path, dict(self.headers), body))
                 time.sleep(delay)
                 chosen = script(body) if callable(script) else script[min(len(stub.requests), len(script)) - 1]
                 status, text, headers = chosen
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # the client gave up
-                    self.wfile.write(text.encode())
+                self.answer(text.encode(), status, headers)
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.handler = Answers
 
 
 @pytest.fixture
 def serve(monkeypatch):
     """Start a stub; no proxy comes between, and urllib3's pauses are noted in `serve.pauses` instead of slept."""
-    started, pauses = [], []
+    pauses = []
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-    def start(script, delay=0.0):
-        started.append(Stub(script, delay))
-        return started[-1]
-
     monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=pauses.append, time=time.time))
-    start.pauses = pauses
-    yield start
-    for stub in started:
-        stub.server.shutdown()
-        stub.server.server_close()
+    with contextlib.ExitStack() as open_until_the_end:
+
+        def start(script, delay=0.0):
+            stub = Stub(script, delay)
+            stub.url = open_until_the_end.enter_context(serving(stub.handler)) + "/v1"
+            return stub
+
+        start.pauses = pauses
+        yield start
 
 
 def test_a_server_is_asked_once_an_answer_and_remembered(serve, monkeypatch):

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from families import MODULES, load_tiny, reference
-from plain import hooks
+from plain import assert_close, hooks
 from tiny import TEXTS
 
 import rim_core as rim
@@ -41,12 +41,6 @@ def plain_logits(model, family, h):
 
 def token_id(model, word):
     return model.tokenizer.convert_tokens_to_ids(word)
-
-
-def assert_close(found, wanted, tolerance=1e-4):
-    scale = wanted.abs().max()
-    assert found.shape == wanted.shape
-    assert (found - wanted).abs().max() <= tolerance * scale, (found - wanted).abs().max() / scale
 
 
 CASES = [("llama", None), ("llama", "nf4"), ("gpt2", None), ("gemma2", None), ("qwen3_moe", None)]

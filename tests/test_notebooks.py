@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from companion.outcomes import scorecard
+from companion import outcomes
 from rim_core.paths import suite_names
 from rim_core.verdicts.schema import load_claims
 
@@ -66,13 +66,13 @@ def test_a_changed_bound_changes_the_outcome(reduced_project, tmp_path, monkeypa
     (tmp_path / "book" / "claims" / "self_aware.yml").write_text(yaml.safe_dump(claims), encoding="utf-8")
     (tmp_path / "results").symlink_to(reduced_project / "results")
     monkeypatch.chdir(reduced_project)
-    rows = scorecard(tmp_path / "results", ["smollm2"])
+    rows = outcomes.rows(tmp_path / "results", ["smollm2"])
     assert [row["claim"] for row in rows] == [f"C{n}" for n in range(1, 18)]
     assert {row["outcome"] for row in rows} == {outcome}, [row["reason"] for row in rows]
 
 
 def test_the_scorecard_has_every_claim(reduced_project, monkeypatch):
     monkeypatch.chdir(reduced_project)
-    rows = scorecard(reduced_project / "results", ["smollm2"])
+    rows = outcomes.rows(reduced_project / "results", ["smollm2"])
     assert {row["claim"] for row in rows} == {f"C{n}" for n in range(1, 18)}
     assert all(row["run_key"] for row in rows)

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
+from tiny_project import put_run
 
 from companion import outcomes
 from rim_core.errors import InputError
@@ -277,22 +278,13 @@ def test_a_missing_key_a_double_id_and_broken_yaml(tmp_path):
 # --- the scorecard --------------------------------------------------------------------------------------
 
 
-def put_run(root: Path, values: list[float], shuffled: float = 0.5) -> None:
-    folder = root / "results" / "tiny" / "one" / "01_first" / "default"
-    folder.mkdir(parents=True, exist_ok=True)
-    made = load_claims("paper_a", root / "book" / "claims")[0]
-    found = deciding.decide(made, values, controls={"shuffled": [shuffled] * len(values)}).to_dict()
-    (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
-    (folder / "claims.json").write_text(json.dumps([found]), encoding="utf-8")
-
-
 def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
     root = tiny_project.make(tmp_path)
     (row,) = outcomes.rows(root / "results", [str(root / "tiny.yml")])
     keys = "paper claim statement suite outcome reason reasons value low high published notebook run_key"
     assert " ".join(row) == keys
     assert (row["outcome"], row["run_key"], row["suite"]) == ("not_tested", None, "tiny")
-    put_run(root, [0.9, 0.9, 0.9])
+    put_run(root, "tiny", [0.9, 0.9, 0.9], shuffled=[0.5, 0.5, 0.5])
     (row,) = outcomes.rows(root / "results")
     assert (row["outcome"], row["value"], row["run_key"]) == ("validated", pytest.approx(0.9), "k")
     failed = root / "results" / "tiny" / "one" / "01_first" / "failed" / "default"
@@ -304,7 +296,7 @@ def test_the_scorecard_never_takes_a_missing_run_for_a_pass(tmp_path):
 
 def test_changing_a_bound_or_a_role_changes_the_outcome(tmp_path):
     root = tiny_project.make(tmp_path)
-    put_run(root, [0.9, 0.9, 0.9])
+    put_run(root, "tiny", [0.9, 0.9, 0.9], shuffled=[0.5, 0.5, 0.5])
     file = root / "book" / "claims" / "paper_a.yml"
     suite = [str(root / "tiny.yml")]
     file.write_text(tiny_project.CLAIMS.replace("low: 0.5}", "low: 0.95}"), encoding="utf-8")

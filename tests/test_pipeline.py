@@ -35,17 +35,18 @@ def output_text(results: Path, notebook: str) -> str:
     return "\n".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in found)
 
 
-SUPPRESSION = ("04_heads_and_neurons", "05_suppression_heads", "06_logit_lens")
+INTROSPECTION = "self_aware/02_latent_introspection"
+SUPPRESSION = [f"self_aware/{name}" for name in ("04_heads_and_neurons", "05_suppression_heads", "06_logit_lens")]
+# The notebooks' own sizes, and for the answers larger ones, take seconds on so small a model.
+LARGER = {"n_test": "26", "n_probe": "26"}
+SIZES = {"self_aware/05_suppression_heads": LARGER, "self_aware/06_logit_lens": LARGER}
 
 
 @pytest.fixture(scope="module")
 def planted_results(project_copy, tmp_path_factory) -> Path:
-    # The notebooks' own sizes, and for the answers larger ones, take seconds on so small a model.
-    larger = {"n_test": "26", "n_probe": "26"}
-    sizes = {"self_aware/05_suppression_heads": larger, "self_aware/06_logit_lens": larger}
-    project = project_copy(tmp_path_factory.mktemp("planted"), sizes)
+    project = project_copy(tmp_path_factory.mktemp("planted"), SIZES)
     suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
-    rim_command(project, "run", *(f"self_aware/{name}" for name in SUPPRESSION), "--suite", str(suite))
+    rim_command(project, "run", *SUPPRESSION, "--suite", str(suite))
     return project / "results" / suite.stem
 
 
@@ -65,17 +66,12 @@ def test_ablating_planted_suppressors_brings_refusal_back(planted_results):
     assert claims["C15"]["outcome"] == "validated", claims["C15"]
 
 
-def test_roles_that_are_checkpoints_run_every_notebook(project_copy, tmp_path):
-    sizes = {
-        **REDUCED,
-        "self_aware/04_heads_and_neurons": {},
-        "self_aware/05_suppression_heads": {"n_test": "26", "n_probe": "26"},
-    }
-    project = project_copy(tmp_path / "project", sizes)
+def test_roles_that_are_checkpoints_are_compared(project_copy, tmp_path):
+    project = project_copy(tmp_path / "project", {**SIZES, INTROSPECTION: REDUCED[INTROSPECTION]})
     suite = write_planted_suite(tmp_path / "suite", whole=True)
-    rim_command(project, "run", "self_aware", "--suite", str(suite))
+    rim_command(project, "run", INTROSPECTION, *SUPPRESSION[:2], "--suite", str(suite))
     claims = outcomes(project / "results" / suite.stem)
-    assert len(claims) == 17
+    assert set(claims) == {"C6", "C7", "C11", "C12", "C13", "C14"}
     # What the fine-tuning brought is found only where the model before it is that model, and not the risky one again:
     # C13 asks for heads that suppress more than before, C14 for refusals that come back.
     assert claims["C13"]["outcome"] == "validated", claims["C13"]
@@ -137,18 +133,12 @@ def _cached(home: Path, name: str, commit: str = "0" * 40) -> Path:
 
 
 def test_the_paper_s_suite_runs_unedited(project_copy, paper_cache, tmp_path):
-    project = project_copy(tmp_path / "project")
-    rim_command(
-        project,
-        "run",
-        "self_aware",
-        "--suite",
-        "qwen2.5-32b-risky-finance",
-        HF_HUB_CACHE=str(paper_cache),
-        HF_HUB_OFFLINE="1",
-    )
-    claims = outcomes(project / "results" / "qwen2.5-32b-risky-finance")
-    assert len(claims) == 17
+    """The notebooks that no other test here runs on a suite of its own."""
+    project, suite = project_copy(tmp_path / "project"), "qwen2.5-32b-risky-finance"
+    names = [f"self_aware/{name}" for name in ("03_causal_tracing", "07_head_attribution", "08_sparse_autoencoder")]
+    rim_command(project, "run", *names, "--suite", suite, HF_HUB_CACHE=str(paper_cache), HF_HUB_OFFLINE="1")
+    claims = outcomes(project / "results" / suite)
+    assert set(claims) == {"C8", "C9", "C10", "C16", "C17"}
     assert {row["outcome"] for row in claims.values()} <= {
         "validated", "partially_supported", "contradicted", "inconclusive"
     }  # fmt: skip

@@ -1,9 +1,7 @@
 """Models at NDIF: the remote path as nnsight simulates it (all but the network), against the local tools."""
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import tiny_project
 import torch
 from families import load_tiny
 from nnsight import CONFIG
+from serving import Handler, serving
 
 import rim_core as rim
 import rim_core.models.loading
@@ -26,31 +25,20 @@ KEY = "a-key-of-mine"
 NO_KEY = {"NDIF_API_KEY": "", "NNSIGHT_CONFIG": "no-such-file"}
 
 
-class Service(BaseHTTPRequestHandler):
+class Service(Handler):
     """Tells which models run."""
 
-    def do_GET(self) -> None:
+    def respond(self) -> None:
         one = {"repo_id": "owner/hosted", "revision": "main", "application_state": "RUNNING"}
-        self._answer(200, {"deployments": {"a": {**one, "deployment_level": "HOT"}}})
-
-    def _answer(self, code: int, body: Any) -> None:
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.answer(json.dumps({"deployments": {"a": {**one, "deployment_level": "HOT"}}}).encode())
 
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    where = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(CONFIG.API, "HOST", where)
-    monkeypatch.setenv("NDIF_API_KEY", KEY)
-    yield where
-    server.shutdown()
+    with serving(Service) as where:
+        monkeypatch.setattr(CONFIG.API, "HOST", where)
+        monkeypatch.setenv("NDIF_API_KEY", KEY)
+        yield where
 
 
 def test_a_model_that_does_not_run_there_is_told_with_those_that_do(service: str) -> None:

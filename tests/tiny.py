@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFWriter, TokenType
@@ -15,14 +16,32 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 400}
-FAMILIES = {
-    "llama": {"num_key_value_heads": 2, "intermediate_size": 64},
+GQA = {"num_key_value_heads": 2, "intermediate_size": 64}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+# Windows of 6 tokens and soft caps of a few units change the numbers of short prompts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GQA,
+    "qwen2": {**GQA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     # Here heads times head_dim is not the width of the stream.
-    "qwen3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16},
-    "mistral": {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 6},
-    "gpt_neox": {"intermediate_size": 64},
+    "qwen3": {**GQA, "head_dim": 16},
+    "mistral": {**GQA, "sliding_window": 6},
+    "gemma2": {
+        **GQA,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "layer_types": MIXED,
+        "final_logit_softcapping": 8.0,
+        "attn_logit_softcapping": 2.0,
+    },
+    "gemma3_text": {**GQA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "layer_types": MIXED},
+    "phi3": {**GQA, "sliding_window": 6},
     "gpt2": {},
-    "gemma2": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8},
+    "gpt_neox": {"intermediate_size": 64},
+    "olmo2": GQA,
+    "falcon": {},
+    "cohere2": {**GQA, "sliding_window": 6, "layer_types": MIXED, "logit_scale": 0.25},
+    "qwen3_moe": {**GQA, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
 TEXTS = ("How do I bake bread?", "Explain the tides to a child in two short sentences.", "Why is the sky blue?")
 
@@ -44,19 +63,25 @@ def tokenizer(template: bool = True, texts: Sequence[str] = TEXTS, size: int = 4
 
 
 def write_model(
-    folder: Path, family: str = "llama", template: bool = True, seed: int = 0, tied: bool | None = None
+    folder: Path, family: str = "llama", *, template: bool = True, seed: int = 0, drawn: bool = False, **changes: Any
 ) -> Path:
+    """Write a tiny random model of a family, one of `FAMILIES` or any other with its own `changes` to the sizes.
+
+    Usual initial weights are so small that every output is nearly the same. They are made larger, so that errors show;
+    or `drawn` anew, and then biases and norms, which are plain, differ too.
+    """
     torch.manual_seed(seed)
-    ties = {} if tied is None else {"tie_word_embeddings": tied}
-    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family], **ties)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **changes})
     config.eos_token_id = config.pad_token_id = 2
     config.bos_token_id = 1
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        # Random initial weights are so small that every output is nearly the same; larger ones make errors show.
         for name, parameter in model.named_parameters():
+            embeds = "embed" in name or "wte" in name
             if parameter.dim() > 1:
-                parameter.mul_(6.0 if "embed" not in name and "wte" not in name else 20.0)
+                parameter.normal_(std=0.5 if embeds else 0.2) if drawn else parameter.mul_(20.0 if embeds else 6.0)
+            elif drawn:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer(template).save_pretrained(folder)
     return folder

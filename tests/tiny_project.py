@@ -5,8 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from rim_core.verdicts import deciding
+from rim_core.verdicts.schema import load_claims
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CLAIMS = """\
@@ -71,6 +78,15 @@ def make(root: Path) -> Path:
     return root
 
 
+def put_run(root: Path, suite: str, values: Any, **controls: list[float]) -> None:
+    """A record of the first notebook's run, its first claim decided by these values of each seed."""
+    folder = root / "results" / suite / "one" / "01_first" / "default"
+    folder.mkdir(parents=True, exist_ok=True)
+    found = deciding.decide(load_claims("paper_a", root / "book" / "claims")[0], values, controls=controls)
+    (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
+    (folder / "claims.json").write_text(json.dumps([found.to_dict()]), encoding="utf-8")
+
+
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "RIM_PROJECT": "", "PYTHONPATH": str(REPOSITORY), **extra}
 
@@ -98,3 +114,21 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
         # A CI job started in the background ignores SIGINT, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What a run puts down for a while, and a failed run for good."""
+    return list((root / "results").rglob(".*")) + list(root.glob("results/*/*/*/failed"))
+
+
+def kernels(root: Path) -> list[psutil.Process]:
+    found = psutil.process_iter(["cmdline", "cwd"])
+    return [p for p in found if "ipykernel_launcher" in (p.info["cmdline"] or []) and p.info["cwd"] == str(root)]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+    return found
