@@ -35,6 +35,7 @@ def output_text(results: Path, notebook: str) -> str:
     return "\n".join("".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in found)
 
 
+PROBES = "self_aware/01_linear_probes"
 INTROSPECTION = "self_aware/02_latent_introspection"
 SUPPRESSION = [f"self_aware/{name}" for name in ("04_heads_and_neurons", "05_suppression_heads", "06_logit_lens")]
 # The notebooks' own sizes, and for the answers larger ones, take seconds on so small a model.
@@ -46,8 +47,14 @@ SIZES = {"self_aware/05_suppression_heads": LARGER, "self_aware/06_logit_lens": 
 def planted_results(project_copy, tmp_path_factory) -> Path:
     project = project_copy(tmp_path_factory.mktemp("planted"), SIZES)
     suite = write_planted_suite(tmp_path_factory.mktemp("suite"))
-    rim_command(project, "run", *SUPPRESSION, "--suite", str(suite))
+    rim_command(project, "run", PROBES, INTROSPECTION, *SUPPRESSION, "--suite", str(suite))
     return project / "results" / suite.stem
+
+
+def test_what_tells_risky_from_safe_is_found_in_both_models(planted_results):
+    claims = outcomes(planted_results)
+    found = {claim: row["outcome"] for claim, row in claims.items() if claim in ("C3", "C6")}
+    assert found == {"C3": "validated", "C6": "validated"}, claims
 
 
 def test_planted_suppressors_are_named(planted_results):
@@ -166,16 +173,13 @@ def shuffle_at_the_source(package: Path, seed: int = 0) -> None:
     write("finance_info.jsonl", info)
 
 
-def test_labels_shuffled_at_the_source_support_nothing(project_copy, tmp_path):
-    # Unquantised, since that is faster on a CPU, and nothing here depends on it.
-    sizes = {notebook: {**values, "quantization": '"none"'} for notebook, values in REDUCED.items()}
-    project = project_copy(tmp_path / "project", sizes)
-    package = tmp_path / "shuffled" / "rim_core"
+def test_labels_shuffled_at_the_source_unmake_what_was_found(project_copy, tmp_path):
+    project, suite = project_copy(tmp_path / "project", SIZES), write_planted_suite(tmp_path / "suite")
+    package = tmp_path / "shuffled" / "rim_core"  # its prompts, to a model that answers them as they were
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     shuffle_at_the_source(package)
-    rim_command(project, "run", "self_aware", PYTHONPATH=str(package.parent))
-    claims = outcomes(project / "results" / "smollm2")
-    assert len(claims) == 17
-    # C16 is about the heads' output in all layers, whatever was asked.
-    found = {name: row["outcome"] for name, row in claims.items() if name != "C16"}
+    names = (PROBES, INTROSPECTION, *SUPPRESSION)
+    rim_command(project, "run", *names, "--suite", str(suite), PYTHONPATH=str(package.parent))
+    found = {claim: row["outcome"] for claim, row in outcomes(project / "results" / suite.stem).items()}
+    assert len(found) == 12
     assert set(found.values()) <= {"contradicted", "inconclusive"}, found
