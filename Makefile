@@ -22,7 +22,7 @@ book: env
 	$(BIN)/rim book
 
 test: env workflow
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The peers get an environment of their own, which sees the project's packages and cannot change them.
 $(VENV)/bench/.ready: benchmarks/requirements.txt constraints.txt $(VENV)/.ready

@@ -114,10 +114,11 @@ def some(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_close(found, wanted):
+def assert_close(found, wanted, tolerance=1e-4):
+    """Largest difference over the largest value."""
     assert found.shape == wanted.shape
-    scale = wanted.abs().max()
-    assert (found - wanted).abs().max() <= 1e-4 * scale, (found - wanted).abs().max() / scale
+    error, scale = (found - wanted).abs().max(), wanted.abs().max()
+    assert error <= tolerance * scale, error / scale
 
 
 def hooks(model):

@@ -7,9 +7,8 @@ import pytest
 import scipy.stats
 import torch
 from families import MODULES, family_folder, load_tiny, reference, write_family
-from peft import LoraConfig, get_peft_model
-from plain import hooks, plain_model
-from test_lens import CENTRING, assert_close, frozen_norm, token_id
+from plain import assert_close, hooks, write_lora
+from test_lens import CENTRING, frozen_norm, token_id
 from tiny import TEXTS
 from torch import nn
 
@@ -76,13 +75,7 @@ def test_attribution_equals_each_term_written_out_and_sums_to_the_logit_differen
 
 @pytest.mark.parametrize("quantization", ["nf4"])
 def test_an_adapter_s_share_is_counted(tmp_path, quantization):
-    base = plain_model(family_folder("llama"))
-    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "o_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    wrapped.save_pretrained(tmp_path)
+    write_lora(family_folder("llama"), ["q_proj", "o_proj", "down_proj"], tmp_path)
     model = rim.load(str(family_folder("llama")), quantization=quantization, device="cpu")
     plain = rim.direct_logit_attribution(model, TEXTS, "How", "Why")
     with model.using(tmp_path):
