@@ -60,9 +60,10 @@ REDUCED = {
         "n_texts": "2",
     },
 }
-# Unquantised, since that is faster on a CPU; one notebook keeps the default.
-for _notebook in set(REDUCED) - {"self_aware/07_head_attribution"}:
-    REDUCED[_notebook] = {**REDUCED[_notebook], "quantization": '"none"'}
+# Unquantised, since that loads faster on a CPU; one notebook keeps the default.
+REDUCED |= {
+    name: {**sizes, "quantization": '"none"'} for name, sizes in REDUCED.items() if not name.endswith("attribution")
+}
 
 
 def pytest_collection_modifyitems(items):
