@@ -13,7 +13,7 @@ import pytest
 import tiny_project
 from tiny_project import rim, write
 
-from companion import cli, notebooks, runner
+from companion import cli, notebooks, staleness
 from companion.commands.run import _read_parameters
 from rim_core import paths
 from rim_core.errors import InputError
@@ -187,10 +187,10 @@ def test_files_named_within_a_value_are_found_checked_and_count_by_content(
     files = notebooks.files_of(found, ROOT)
     assert list(files) == places
     assert all(path.is_file() and path.is_relative_to(tmp_path) for path in files.values())
-    before = runner._by_content(ROOT, found)
+    before = staleness._by_content(ROOT, found)
     assert str(tmp_path) not in str(before)
     (tmp_path / "a.csv").write_text("prompt\nHo there\n")
-    assert runner._by_content(ROOT, found) != before
+    assert staleness._by_content(ROOT, found) != before
 
 
 def test_a_text_alone_is_no_json_and_a_name_too_long_no_file():
