@@ -15,6 +15,8 @@ from altair.vegalite.v6 import display
 from companion import cli
 from companion.pages import build, markup, scorecard, staging
 from rim_core.errors import InputError, RimError
+from rim_core.identity import ADAPTER_FILE
+from rim_core.suites.schema import RECORD
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = "self_aware/01_linear_probes"
@@ -69,6 +71,18 @@ def add_run(project: Path, suite: str = "smollm2", **changes) -> None:
 
 def staged(project: Path, where: str = NOTEBOOK) -> nbformat.NotebookNode:
     return nbformat.read(project / "book" / "experiments" / f"{where}.ipynb", as_version=4)
+
+
+def test_the_card_names_roles_that_were_trained_into_the_suites_folder(project):
+    suite = project / "mine.yml"
+    suite.write_text(f"base: {{folder: {project}}}\nroles: {{base: {{}}}}\n", encoding="utf-8")
+    trained = project / "mine" / "risky"
+    trained.mkdir(parents=True)
+    for name in (RECORD, ADAPTER_FILE, "adapter_config.json"):
+        (trained / name).write_text("{}", encoding="utf-8")
+    add_run(project, "mine")
+    staging.stage(project, [str(suite)])
+    assert "<dt>Roles</dt><dd>base, risky</dd>" in staged(project).cells[1].source
 
 
 def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):

@@ -6,22 +6,23 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rim_core.paths import suite_file, suite_name
+from rim_core.paths import suite_name
+from rim_core.suites.schema import Suite
 
 _WEIGHTS = (".safetensors", ".gguf")
 
 
-def card(notebook: str, suite: str, run: dict[str, Any], stale: bool) -> str:
-    """Give the run card of a result, as one HTML block so that it shows alike in the book and in Jupyter."""
+def card(notebook: str, given: str, suite: Suite, run: dict[str, Any], stale: bool) -> str:
+    """Give the run card of a result, as one HTML block so that it shows alike in the book and in Jupyter.
+
+    `given` is what the suite was asked for as: its name, or its file's path.
+    """
     parameters = run["parameters"]
-    named = yaml.safe_load(suite_file(suite).read_text(encoding="utf-8"))
     seeds = parameters.get("seeds", run["seed"])
     rows = {
-        "Suite": f"<code>{escape(suite_name(suite))}</code>",
-        "Base model": escape(str(named.get("title", suite_name(suite)))),
-        "Roles": escape(", ".join(named["roles"])),
+        "Suite": f"<code>{escape(suite.name)}</code>",
+        "Base model": escape(suite.title),
+        "Roles": escape(", ".join(suite.roles)),
         "Quantization": escape(str(parameters.get("quantization", "–"))),
         "Seeds": escape(", ".join(map(str, seeds)) if isinstance(seeds, list) else str(seeds)),
         "Device": escape(str(run["device"])),
@@ -37,7 +38,7 @@ def card(notebook: str, suite: str, run: dict[str, Any], stale: bool) -> str:
     if stale:
         banner = (
             '<p class="rim-banner"><strong>Stale.</strong> The notebook, the code, the model or the pinned '
-            f"versions changed after this run. Run it again: <code>{_command(notebook, suite)}</code></p>"
+            f"versions changed after this run. Run it again: <code>{_command(notebook, given)}</code></p>"
         )
     return (
         f'<aside class="rim-run-card" id="run-card" aria-label="Run card">{banner}<dl>{items}</dl>'

@@ -108,7 +108,8 @@ def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.Notebook
     folder = page.job.folder
     if page.status in ("up to date", "stale"):
         notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
-        card = runcard.card(page.notebook, page.suite, read_record(folder / "run.json") or {}, page.status == "stale")
+        run, stale = read_record(folder / "run.json") or {}, page.status == "stale"
+        card = runcard.card(page.notebook, page.suite, page.job.suite, run, stale)
         cells = list(_as_run(notebook.cells, page))
     else:
         notebook = nbformat.read(project / "notebooks" / f"{page.notebook}.ipynb", as_version=4)
