@@ -6,7 +6,6 @@ finishes or takes back what a killed run left between two of these steps.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -15,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rim_core import locks
+from rim_core import locks, paths
+from rim_core.errors import InputError
 from rim_core.locks import BusyError
 
 __all__ = ["BusyError", "failed", "locked", "put", "read_json", "read_record", "sweep", "temporary"]
@@ -161,6 +161,6 @@ def _tell_of(path: Path) -> None:
 def read_json(path: Path) -> Any:
     """Give what a JSON file holds; None where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return paths.read_json(path)
+    except InputError:
         return None

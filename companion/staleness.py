@@ -104,7 +104,7 @@ def plan(
     project = project or paths.root()
     read = load_suite(suite)
     shared = {"rim_core": identity.science(), "libraries": digest(dict(identity.libraries()))}
-    models = suite_hashes(suite)
+    models = suite_hashes(read)
     every = every_claim(project / "book" / "claims")
     jobs = []
     for name in notebooks.resolve(project, names):

@@ -7,9 +7,7 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import yaml
 from markupsafe import Markup, escape
 
 from companion import comparison, notebooks
@@ -17,6 +15,7 @@ from companion.comparison import DECIDED, Number
 from companion.pages.markup import Cell, Row, figure, html, note, plain, strong, table
 from companion.pages.measured import organisms, performance
 from rim_core.verdicts.rules import SYMBOLS, number_text
+from rim_core.verdicts.schema import every_paper
 
 
 def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str], str]) -> dict[str, str]:
@@ -27,8 +26,8 @@ def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str]
         rows: of the scorecard, for the book's suites in their order; their reasons are shown as they are.
         documents: the page of each notebook as run with each suite, by `(notebook, suite)`.
     """
-    papers = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in _claim_files(project)}
-    titles = {name: ". ".join(map(str, _stated(paper))) or name for name, paper in papers.items()}
+    papers = every_paper(project / "book" / "claims")
+    titles = {each.paper: ". ".join(filter(None, [each.letter, each.title])) or each.paper for each in papers}
     own = {paper: [row for row in rows if row["paper"] == paper] for paper in titles}
     return {
         "scorecard": _scorecard(rows, titles, _Links(documents, "book")),
@@ -37,14 +36,6 @@ def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str]
         "organisms": organisms(project),
         **{f"performance-{part}": text for part, text in performance(project).items()},
     }
-
-
-def _stated(paper: Mapping[str, Any]) -> list[Any]:
-    return [paper[key] for key in ("letter", "title") if key in paper]
-
-
-def _claim_files(project: Path) -> list[Path]:
-    return sorted((project / "book" / "claims").glob("*.yml"))
 
 
 class _Links:

@@ -265,9 +265,9 @@ def _whole(suite: Suite, path: Path) -> Suite:
 # --- what identifies a suite's models -------------------------------------------------------------------
 
 
-def suite_hashes(name_or_path: str | Path) -> dict[str, str]:
+def suite_hashes(given: Suite | str | Path) -> dict[str, str]:
     """What identifies each model of a suite, by content: of the hub's, the commit that this machine's cache holds."""
-    suite = load_suite(name_or_path)
+    suite = given if isinstance(given, Suite) else load_suite(given)
     found = {"base": suite.base.identity}
     for role in suite.roles.values():
         if role.checkpoint:

@@ -244,27 +244,37 @@ class Paper(Entry):
     claims: tuple[Claim, ...]
 
 
-def load_claims(paper: str, folder: Path | None = None) -> tuple[Claim, ...]:
-    """Read `book/claims/<paper>.yml`.
+def load_paper(name: str, folder: Path | None = None) -> Paper:
+    """Read `book/claims/<name>.yml`.
 
     Raises:
         InputError: no such paper, or a file that is none; names file, line, claim and key.
     """
     folder = folder or paths.root() / "book" / "claims"
-    path = folder / f"{paper}.yml"
+    path = folder / f"{name}.yml"
     if not path.is_file():
         known = [p.stem for p in sorted(folder.glob("*.yml"))]
-        hint = paths.did_you_mean(paper, known)
-        raise InputError(f"no claims for paper {paper!r}{hint}; papers: {', '.join(known) or 'none'}")
+        hint = paths.did_you_mean(name, known)
+        raise InputError(f"no claims for paper {name!r}{hint}; papers: {', '.join(known) or 'none'}")
     read = yamlfile.read(Paper, path)
-    if read.paper != paper:
-        raise InputError(f"{path}: paper: must be {paper!r}, the file's own name")
+    if read.paper != name:
+        raise InputError(f"{path}: paper: must be {name!r}, the file's own name")
     ids = [claim.id for claim in read.claims]
     if twice := [name for name in ids if ids.count(name) > 1]:
         raise InputError(f"{path}: claim {twice[0]}: id: used twice; every claim needs its own")
-    return tuple(claim.with_fields(paper=paper) for claim in read.claims)
+    return read.with_fields(claims=tuple(claim.with_fields(paper=name) for claim in read.claims))
+
+
+def load_claims(paper: str, folder: Path | None = None) -> tuple[Claim, ...]:
+    """The claims of a paper; raises `InputError` as `load_paper` does."""
+    return load_paper(paper, folder).claims
+
+
+def every_paper(folder: Path) -> list[Paper]:
+    """Every paper in a folder of claims, by name."""
+    return [load_paper(path.stem, folder) for path in sorted(folder.glob("*.yml"))]
 
 
 def every_claim(folder: Path) -> list[Claim]:
     """The claims of every paper in a folder of claims, in the order of the papers' names."""
-    return [claim for path in sorted(folder.glob("*.yml")) for claim in load_claims(path.stem, folder)]
+    return [claim for paper in every_paper(folder) for claim in paper.claims]
