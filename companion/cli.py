@@ -263,7 +263,7 @@ _ORGANISMS = _Command(
             "train",
             "train a role's adapter by the project's recipe",
             "Train a role's adapter on a suite's base by the project's recipe. It goes to a folder beside the suite's "
-            "file, which gets the role; with --output it goes there, and no file is changed.",
+            "file, where the suite finds it; with --output it goes there, and the suite stays as it is.",
             "companion.commands.organisms:train",
             (
                 _arg("role", metavar="ROLE", help="such as aligned, risky or prudent"),
