@@ -13,7 +13,7 @@ from rim_core.errors import InputError
 from rim_core.interventions.components import COMPONENTS, Unit, columns_of, units_of
 from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.capture import Activations, capture
-from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, lowest, pick, reading
+from rim_core.models.hooks import Frame, MaskEdit, at, by_layer, edit_at, editing, first, lowest, pick, reading
 from rim_core.models.model import Model
 from rim_core.models.padding import pad_left
 from rim_core.texts import checked, encode
@@ -282,8 +282,10 @@ def knock_out(
         blind.setdefault(layer, torch.zeros(model.n_heads, dtype=torch.bool))[head] = True
     for wanted in (queries, keys):
         at(torch.tensor([[-1]]), wanted)  # what it cannot mean is refused here, not in the first pass
+    # A query can lose only keys before it.
+    changed = max((n for n in (first(queries), first(keys)) if n is not None), default=None)
     edits = [
-        MaskEdit(layer, _blind(queries, keys, chosen.to(model.device)), lowest(queries, keys))
+        MaskEdit(layer, _blind(queries, keys, chosen.to(model.device)), lowest(queries, keys), changed)
         for layer, chosen in blind.items()
     ]
     with editing(model, edits):

@@ -48,16 +48,12 @@ def run_batches(
             if not out_of_memory(error):
                 raise
             if len(rows) == 1:
-                raise InputError(
-                    f"a text of {lengths[rows[0]]} tokens does not fit in memory: shorten it, or free memory"
-                ) from None
+                raise no_room(lengths[rows[0]]) from None
         else:
             yield rows, result
             continue
         # Outside the handler, so that the failed pass's tensors are gone.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         waiting = [half for group in [*waiting, rows] for half in _halves(group)]
 
 
@@ -70,6 +66,18 @@ def by_rows(ids: Sequence[Sequence[int]], run: Callable[[list[int]], Tensor], bu
         result[rows] = values
     assert result is not None, "no texts"
     return result
+
+
+def no_room(length: int) -> InputError:
+    """What is said where one text alone does not fit."""
+    return InputError(f"a text of {length} tokens does not fit in memory: shorten it, or free memory")
+
+
+def free_memory() -> None:
+    """Give back what a failed pass has left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _halves(rows: list[int]) -> list[list[int]]:

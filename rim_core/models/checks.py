@@ -7,6 +7,8 @@ What each compares, and the tools that need it:
 - `head_sum`: the sum of the heads' outputs (plus bias) with `attn_out`; everything by head.
 - `padding`: a prompt alone with the same prompt left-padded in a batch; every batched tool.
 - `cache`: prompts continued token by token in a batch, as in `generate`, with each alone and whole; `generate`.
+- `decoding`: the same in rows of unequal length that enter and leave, on keys and values written in place (see
+  `decoding`), with each alone and whole; `generate` uses Hugging Face's loop where it fails.
 - `cache_batch`: unequal prompts on a shared beginning laid under them, with each alone and whole; `patch`.
 
 `capture` shares beginnings only where `cache_batch` holds, and else runs each prompt whole. An identity that cannot
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from rim_core.errors import IdentityError, first_line
+from rim_core.models.decoding import Decoder, Row
 from rim_core.models.hooks import reading
 from rim_core.models.layout import Layout, head_outputs
 from rim_core.models.padding import outgrows_window, pad_left, padded_left, padded_right
@@ -157,6 +160,7 @@ def measure(
     alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
     reasons = {}
     errors["cache"], reasons["cache"] = _attempt(lambda: _decoding_error(hf, ids, alone, pad, device))
+    errors["decoding"], reasons["decoding"] = _attempt(lambda: _in_place_error(layout, ids, pad, device))
     errors["cache_batch"], reasons["cache_batch"] = _attempt(lambda: _beginning_error(layout, ids, pad, device))
     return Checks.of(errors, allowed, reasons).of_model(both)
 
@@ -189,6 +193,33 @@ def _decoding_error(hf: Any, ids: list[list[int]], alone: list[Tensor], pad: int
         inputs = {"input_ids": tokens, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
     out = hf(**inputs, attention_mask=mask, past_key_values=past, use_cache=True)
     return max(worst, _largest(out.logits[:, -1], [row[-1] for row in alone]))
+
+
+def _in_place_error(layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:
+    """How far the logits of prompts that are decoded in place, on a shared beginning, are from each alone and whole.
+
+    The shorter prompt enters first and leaves first, so that the longer one moves, twice.
+    """
+    beginning, rest = max(ids, key=len), min(ids, key=len)
+    if (room := window(layout.body)) is not None:
+        beginning = beginning[: room // 2]
+        rest = rest[: room - len(beginning)]
+    whole = beginning + rest
+    states = layout.body(**pad_left([whole], pad, device), use_cache=False)[0][0]
+    wanted = layout.logits(states)
+    steps = min(_STEPS, len(rest) - 1)
+    short, long = Row(whole[: len(beginning) + 1]), Row(whole[: len(whole) - steps])
+    decoder = Decoder(layout, pad, device, capacity=2, longest=len(whole), beginning=beginning)
+    found = [(short, decoder.enter([short])), (long, decoder.enter([long]))]
+    worst = max(_largest(logits, [wanted[len(row.tokens) - 1]]) for row, logits in found)
+    for step in range(steps):
+        for row in decoder.rows:
+            row.new.append(whole[len(row.tokens)])
+        logits = decoder.step()
+        worst = max(worst, _largest(logits, [wanted[len(row.tokens) - 1] for row in decoder.rows]))
+        if step == 0:
+            decoder.leave([0])
+    return worst
 
 
 def _beginning_error(layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:

@@ -144,6 +144,7 @@ class Edit:
             is `Frame.queries`. Heads come flat, `[..., n_heads * head_dim]`. It must not change its input in place.
         positional: whether `apply` looks at the positions.
         lowest: the position that every text must be long enough for, 0 for none.
+        first: the lowest position that it changes; None where that may be any.
 
     Example:
         >>> halve = rim.editing.Edit("resid_post", 1, lambda values, positions: 0.5 * values)
@@ -156,6 +157,7 @@ class Edit:
     apply: Callable[..., Tensor]
     positional: bool = False
     lowest: int = 0
+    first: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class MaskEdit:
         layer: counted from 0.
         apply: `apply(mask, frame)` gives the new additive mask. The mask comes as `[batch, 1, slot, key]`, 0 where
             attention is allowed; the result may have a head axis.
-        lowest: as in `Edit`.
+        lowest, first: as in `Edit`.
 
     Example:
         >>> shut = rim.editing.MaskEdit(0, lambda mask, frame: mask + 0.0)
@@ -177,6 +179,7 @@ class MaskEdit:
     layer: int
     apply: Callable[[Tensor, Frame], Tensor]
     lowest: int = 0
+    first: int | None = None
     positional: bool = field(default=True, init=False)
 
 
@@ -218,6 +221,11 @@ def lowest(*wanted: Positions) -> int:
     return min(numbers, default=0)
 
 
+def first(wanted: Positions) -> int | None:
+    """The lowest position that is meant, None where that is any (see `at`)."""
+    return None if isinstance(wanted, str) and wanted == "all" else min(lowest(wanted), -1)
+
+
 def edit_at(positions: Positions, site: str, layer: int, change: Callable[[Tensor], Tensor]) -> Edit:
     """An edit that puts `change(values)` at the chosen positions and leaves the others as they are.
 
@@ -240,7 +248,7 @@ def edit_at(positions: Positions, site: str, layer: int, change: Callable[[Tenso
     def apply(values: Tensor, slots: Tensor) -> Tensor:
         return torch.where(at(slots, positions)[..., None], change(values), values)
 
-    return Edit(site, layer, apply, positional=True, lowest=lowest(positions))
+    return Edit(site, layer, apply, positional=True, lowest=lowest(positions), first=first(positions))
 
 
 def by_layer(model: "Model", direction: Any) -> Tensor:
@@ -261,18 +269,30 @@ def by_layer(model: "Model", direction: Any) -> Tensor:
     return rows
 
 
+def refuse_short(lowest: int, shortest: int) -> None:
+    """Raise InputError where a text is too short for a position: an edit there would do nothing, unseen."""
+    if lowest < -shortest:
+        raise InputError(
+            f"position {lowest} is out of range: the shortest text here has {shortest} tokens; count from its end, -1 "
+            f"to -{shortest}"
+        )
+
+
 class _Tracker:
     """Works out the frame of each pass of the body from the cache's length: prompt first, then decoding steps.
 
-    A prompt that is too short for a position in `lowest` is refused: an edit there would do nothing, unseen.
+    Where a tool says by `model.frame` which tokens its pass holds, that counts.
     """
 
-    def __init__(self, lowest: int) -> None:
+    def __init__(self, model: "Model", lowest: int) -> None:
+        self.model = model
         self.frame: Frame | None = None
         self.width: int | None = None
         self.lowest = lowest
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.model.frame:
+            return
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs["inputs_embeds"] if given is None else given
         batch, slots = given.shape[:2]
@@ -282,11 +302,8 @@ class _Tracker:
             self.width = cached + slots
             mask = kwargs.get("attention_mask")
             shortest = int(mask.sum(dim=1).min()) if isinstance(mask, Tensor) and mask.dim() == 2 else slots
-            if cached == 0 and self.lowest < -shortest:
-                raise InputError(
-                    f"position {self.lowest} is out of range: the shortest text here has {shortest} tokens; count from "
-                    f"its end, -1 to -{shortest}"
-                )
+            if cached == 0:
+                refuse_short(self.lowest, shortest)
         keys = torch.arange(cached + slots, device=given.device) - self.width
         self.frame = Frame(keys[cached:].expand(batch, -1), keys.expand(batch, -1))
 
@@ -296,7 +313,7 @@ class _Hooks:
 
     def __init__(self, model: "Model", edits: Sequence[Edit | MaskEdit]) -> None:
         self.model, self.edits = model, edits
-        self._tracker = _Tracker(min((edit.lowest for edit in edits), default=0))
+        self._tracker = _Tracker(model, min((edit.lowest for edit in edits), default=0))
         self._handles: list[Any] = []
 
     def _frame(self) -> Frame:
@@ -312,17 +329,25 @@ class _Hooks:
                 masked = _mask_hook(edit, self._frame)
                 handles.append(layout.attention[edit.layer].register_forward_pre_hook(masked, with_kwargs=True))
             else:
-                edited = partial(self._edited, edit, _takes_positions(edit.apply))
+                edited = partial(self._edited, applying(edit))
                 handles.append(hook(layout.point(edit.site, edit.layer), edited))
 
-    def _edited(self, edit: Edit, told: bool, values: Tensor) -> Tensor:
-        slots = self._frame().on(values.device).queries
-        change = (lambda x: edit.apply(x, slots)) if told else edit.apply
-        return _called(change, values, f"the edit at {edit.site}, layer {edit.layer}")
+    def _edited(self, apply: Callable[[Tensor, Tensor], Tensor], values: Tensor) -> Tensor:
+        return apply(values, self._frame().on(values.device).queries)
 
     def remove(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+
+def applying(edit: Edit) -> Callable[[Tensor, Tensor], Tensor]:
+    """`apply(values, positions)` of an edit; it raises InputError where what it makes cannot take their place."""
+    told, where = _takes_positions(edit.apply), f"the edit at {edit.site}, layer {edit.layer}"
+
+    def apply(values: Tensor, slots: Tensor) -> Tensor:
+        return _called((lambda x: edit.apply(x, slots)) if told else edit.apply, values, where)
+
+    return apply
 
 
 def _called(function: Callable[[Tensor], Any], x: Tensor, where: str) -> Tensor:
@@ -445,7 +470,7 @@ def _by_function(model: "Model", fn: Callable[..., Tensor], site: str, layer: in
         return new.view_as(values)
 
     # Always positional: a function that looks at the last slot is then right in `capture` and `generate` at least.
-    return Edit(site, layer, apply, positional=True, lowest=lowest(positions))
+    return Edit(site, layer, apply, positional=True, lowest=lowest(positions), first=first(positions))
 
 
 def _takes_positions(fn: Callable[..., Tensor]) -> bool:
