@@ -15,6 +15,7 @@ from rim_core.models.decoding import Decoder, Row, groups
 from rim_core.models.hooks import Edit, Frame, MaskEdit, editing, refuse_short
 from rim_core.models.model import Model
 from rim_core.models.padding import pad_left, shared_beginning
+from rim_core.models.small_passes import small_passes
 from rim_core.texts import checked, encode
 from rim_core.thoughts import decode, open_thought
 
@@ -44,7 +45,7 @@ def generate(
     max_new_tokens: int = 64,
     stop: str | Sequence[str] = (),
     arms: None = None,
-    max_batch: int = 64,
+    max_batch: int = 128,
     max_tokens: int | None = None,
 ) -> list[str]: ...
 
@@ -57,7 +58,7 @@ def generate(
     max_new_tokens: int = 64,
     stop: str | Sequence[str] = (),
     arms: Sequence[Arm],
-    max_batch: int = 64,
+    max_batch: int = 128,
     max_tokens: int | None = None,
 ) -> list[list[str]]: ...
 
@@ -70,7 +71,7 @@ def generate(
     max_new_tokens: int = 64,
     stop: str | Sequence[str] = (),
     arms: Sequence[Arm] | None = None,
-    max_batch: int = 64,
+    max_batch: int = 128,
     max_tokens: int | None = None,
 ) -> list[str] | list[list[str]]:
     """Greedy answers, one a text, without the special tokens: the same alone and among others up to rounding. Each
@@ -191,7 +192,7 @@ class _Loop:
         """Answer all rows, at most `limit` side by side."""
         made = merged(self._edits, lambda: self._by_arm) if len(self._edits) > 1 else self._edits[0]
         try:
-            with editing(self._model, made):
+            with editing(self._model, made), small_passes(self._model.hf):
                 while self._wait():
                     limit = self._answer(limit)
         finally:

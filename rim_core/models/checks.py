@@ -32,6 +32,7 @@ from rim_core.models.decoding import Decoder, Row
 from rim_core.models.hooks import reading
 from rim_core.models.layout import Layout, head_outputs
 from rim_core.models.padding import outgrows_window, pad_left, padded_left, padded_right
+from rim_core.models.small_passes import small_passes
 from rim_core.texts import encode, window
 
 # Two prompts of unequal length, so that the shorter one is padded.
@@ -160,7 +161,7 @@ def measure(
     alone = [logits[0] if row is short else both[number] for number, row in enumerate(ids)]
     reasons = {}
     errors["cache"], reasons["cache"] = _attempt(lambda: _decoding_error(hf, ids, alone, pad, device))
-    errors["decoding"], reasons["decoding"] = _attempt(lambda: _in_place_error(layout, ids, pad, device))
+    errors["decoding"], reasons["decoding"] = _attempt(lambda: _in_place_error(hf, layout, ids, pad, device))
     errors["cache_batch"], reasons["cache_batch"] = _attempt(lambda: _beginning_error(layout, ids, pad, device))
     return Checks.of(errors, allowed, reasons).of_model(both)
 
@@ -195,7 +196,7 @@ def _decoding_error(hf: Any, ids: list[list[int]], alone: list[Tensor], pad: int
     return max(worst, _largest(out.logits[:, -1], [row[-1] for row in alone]))
 
 
-def _in_place_error(layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:
+def _in_place_error(hf: Any, layout: Layout, ids: list[list[int]], pad: int, device: Any) -> float:
     """How far the logits of prompts that are decoded in place, on a shared beginning, are from each alone and whole.
 
     The shorter prompt enters first and leaves first, so that the longer one moves, twice.
@@ -209,16 +210,17 @@ def _in_place_error(layout: Layout, ids: list[list[int]], pad: int, device: Any)
     wanted = layout.logits(states)
     steps = min(_STEPS, len(rest) - 1)
     short, long = Row(whole[: len(beginning) + 1]), Row(whole[: len(whole) - steps])
-    decoder = Decoder(layout, pad, device, capacity=2, longest=len(whole), beginning=beginning)
-    found = [(short, decoder.enter([short])), (long, decoder.enter([long]))]
-    worst = max(_largest(logits, [wanted[len(row.tokens) - 1]]) for row, logits in found)
-    for step in range(steps):
-        for row in decoder.rows:
-            row.new.append(whole[len(row.tokens)])
-        logits = decoder.step()
-        worst = max(worst, _largest(logits, [wanted[len(row.tokens) - 1] for row in decoder.rows]))
-        if step == 0:
-            decoder.leave([0])
+    with small_passes(hf):
+        decoder = Decoder(layout, pad, device, capacity=2, longest=len(whole), beginning=beginning)
+        found = [(short, decoder.enter([short])), (long, decoder.enter([long]))]
+        worst = max(_largest(logits, [wanted[len(row.tokens) - 1]]) for row, logits in found)
+        for step in range(steps):
+            for row in decoder.rows:
+                row.new.append(whole[len(row.tokens)])
+            logits = decoder.step()
+            worst = max(worst, _largest(logits, [wanted[len(row.tokens) - 1] for row in decoder.rows]))
+            if step == 0:
+                decoder.leave([0])
     return worst
 
 

@@ -102,7 +102,7 @@ class Layout:
         return self._scaled(self.lm_head(state))
 
     def _scaled(self, logits: Tensor, capped: bool = True) -> Tensor:
-        logits = logits * self.logit_scale
+        logits = logits if self.logit_scale == 1 else logits * self.logit_scale
         return logits if self.soft_cap is None or not capped else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def norm_after(self, site: str, layer: int) -> nn.Module | None:
