@@ -1,6 +1,5 @@
-"""Generation against plain Hugging Face passes; rates, log-odds of refusal and perplexity against their definitions."""
+"""Rates, log-odds of refusal and perplexity against their definitions."""
 
-import json
 import math
 
 import pytest
@@ -8,167 +7,13 @@ import torch
 from families import load_tiny
 from plain import hooks
 from scipy.stats import beta, binomtest
-from tiny import TEXTS, write_model
+from tiny import TEXTS
 
 import rim_core as rim
-from rim_core.behaviour import coherence, generation, openings
+from rim_core.behaviour import coherence, openings
 from rim_core.behaviour.judges import is_refusal
 from rim_core.errors import InputError
 from rim_core.models.hooks import Edit, editing
-
-
-def plain_answer(model, text, n):
-    """Greedy decoding by whole forward passes: one prompt, no padding, no cache. Tokens up to the end of the turn."""
-    ids = model.tokenizer(text, return_tensors="pt").input_ids
-    start = ids.shape[1]
-    with torch.no_grad():
-        for _ in range(n):
-            best = model.hf(ids, use_cache=False).logits[0, -1].argmax()
-            if best == model.tokenizer.eos_token_id:
-                break
-            ids = torch.cat([ids, best.view(1, 1)], dim=1)
-    return model.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-
-
-# Absolute positions; a window shorter than the padding; experts.
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_moe"])
-def test_batched_answers_are_the_plain_greedy_ones(family):
-    model = load_tiny(family)
-    texts = rim.format_chat(model, TEXTS)
-    together = rim.generate(model, texts, max_new_tokens=6)
-    assert together == [plain_answer(model, text, 6) for text in texts]
-    assert rim.generate(model, texts, max_new_tokens=6, max_batch=1) == together
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_an_intervention_holds_at_every_step(family):
-    model = load_tiny(family)
-    texts = rim.format_chat(model, TEXTS)
-    torch.manual_seed(0)
-    push, seen = 2 * torch.randn(model.d_model), []
-
-    def hook(module, args, output):
-        seen.append(output.shape)
-        return output + push
-
-    plain = rim.generate(model, texts, max_new_tokens=6)
-    handle = model.layout.layers[1].register_forward_hook(hook)
-    try:
-        pushed = rim.generate(model, texts, max_new_tokens=6)
-        assert [shape[1] for shape in seen[1:]] == [1] * (len(seen) - 1)  # the cache is in use
-        assert pushed == [plain_answer(model, text, 6) for text in texts]
-    finally:
-        handle.remove()
-    assert pushed != plain
-    first_only = model.layout.layers[1].register_forward_hook(
-        lambda module, args, output: output + push if output.shape[1] > 1 else output
-    )
-    try:
-        assert rim.generate(model, texts, max_new_tokens=6) != pushed  # so the test can tell
-    finally:
-        first_only.remove()
-
-
-def test_generation_settings_of_a_checkpoint_do_not_count(tmp_path):
-    folder = write_model(tmp_path / "model")
-    settings = json.loads((folder / "generation_config.json").read_text())
-    settings |= {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "do_sample": True, "num_beams": 2}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    model = rim.load(str(folder), quantization=None, device="cpu")
-    texts = rim.format_chat(model, TEXTS)
-    # "e" again and again would not survive the settings.
-    push = 50 * model.layout.lm_head.weight[model.tokenizer("e").input_ids[0]]
-    handle = model.layout.layers[-1].register_forward_hook(lambda module, args, output: output + push)
-    try:
-        answers = rim.generate(model, texts, max_new_tokens=6)
-        assert answers == [plain_answer(model, text, 6) for text in texts]
-        assert any(len(set(answer)) < len(answer) for answer in answers)
-    finally:
-        handle.remove()
-
-
-def test_generation_ends_with_the_turn(tmp_path, tiny_folder):
-    text = rim.format_chat(rim.load(str(tiny_folder()), quantization=None, device="cpu"), TEXTS[:1])
-    folder = write_model(tmp_path / "model")
-    model = rim.load(str(folder), quantization=None, device="cpu")
-    ids = model.tokenizer(text[0], return_tensors="pt").input_ids
-    new = model.hf.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
-    assert len(new) == 12
-    end = int(new[3])
-    before = list(new.tolist()).index(end)
-    # The checkpoint names an end of its own; the tokenizer's must still count beside it.
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [end]}))
-    model = rim.load(str(folder), quantization=None, device="cpu")
-    steps = []
-    handle = model.layout.body.register_forward_hook(lambda *_: steps.append(1))
-    answer = rim.generate(model, text, max_new_tokens=12)[0]
-    handle.remove()
-    assert len(steps) == before + 1
-    assert answer.startswith(model.tokenizer.decode(new[:before]))
-    assert set(generation._end_tokens(model)) == {end, 2}
-
-
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
-    model = load_tiny("llama")
-    texts = rim.format_chat(model, [*TEXTS, "Why?", "How are you?"])
-    wanted = rim.generate(model, texts, max_new_tokens=4)
-    real, sizes = model.hf.generate, []
-
-    def small_memory(largest):
-        def generate(**inputs):
-            sizes.append(len(inputs["input_ids"]))
-            if sizes[-1] > largest:
-                raise torch.OutOfMemoryError("out of memory")
-            return real(**inputs)
-
-        return generate
-
-    monkeypatch.setattr(model.hf, "generate", small_memory(2))
-    assert rim.generate(model, texts, max_new_tokens=4) == wanted
-    assert max(sizes) == 5
-    monkeypatch.setattr(model.hf, "generate", small_memory(0))
-    with pytest.raises(InputError, match="does not fit in memory"):
-        rim.generate(model, texts, max_new_tokens=4)
-
-
-def test_batches_keep_to_every_limit(monkeypatch):
-    model = load_tiny("llama")
-    texts = rim.format_chat(model, ["Why? " * n for n in (1, 9, 2, 8, 3, 7, 4)])
-    lengths = [len(model.tokenizer(text).input_ids) for text in texts]
-    real, shapes = model.hf.generate, []
-
-    def recording(**inputs):
-        shapes.append(tuple(inputs["input_ids"].shape))
-        return real(**inputs)
-
-    monkeypatch.setattr(model.hf, "generate", recording)
-    wanted = rim.generate(model, texts, max_new_tokens=2)
-    for limits, holds in (
-        ({"max_batch": 3}, lambda n, width: n <= 3),
-        ({"max_tokens": 2 * max(lengths)}, lambda n, width: n * width <= 2 * max(lengths)),
-    ):
-        shapes.clear()
-        assert rim.generate(model, texts, max_new_tokens=2, **limits) == wanted
-        assert all(holds(*shape) for shape in shapes)
-        assert max(n for n, _ in shapes) > 1
-        # Neighbours in length share a batch: only the longest of a batch sets its width.
-        assert shapes[0][1] == max(lengths)
-        assert shapes[-1][1] < max(lengths)
-    shapes.clear()
-    cached = 2 * (max(lengths) + 2)
-    monkeypatch.setattr(generation, "_cache_tokens", lambda model: cached)
-    assert rim.generate(model, texts, max_new_tokens=2) == wanted
-    assert all(n * (width + 2) <= cached for n, width in shapes)
-    assert max(n for n, _ in shapes) > 1
-
-
-def test_generation_under_an_adapter_differs_and_comes_back(default_model):
-    texts = rim.format_chat(default_model, rim.load_prompts("harmful", split="test", limit=2))
-    first = rim.generate(default_model, texts, max_new_tokens=4)
-    with default_model.using("base"):
-        assert rim.generate(default_model, texts, max_new_tokens=4) != first
-    assert rim.generate(default_model, texts, max_new_tokens=4) == first
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,12 @@ def test_an_edit_is_told_which_token_each_slot_holds(family):
         rim.generate(model, TEXTS, max_new_tokens=3)
         model.hf(model.tokenizer(TEXTS[0], return_tensors="pt").input_ids)
     longest = max(length(model, text) for text in TEXTS)
-    prompt = list(range(-longest, 0))
+    prompts = [list(range(-length(model, text), 0)) for text in sorted(TEXTS, key=lambda t: -length(model, t))]
+    # Padding, wherever it is, is before every prompt.
+    assert all(len(row) == longest for row in told[0])
+    assert [[at for at in row if at >= -longest] for row in told[0]] == prompts
     # The third token of the answer is chosen by the pass of the second one.
-    assert told[:3] == [[prompt] * 3, [[0]] * 3, [[1]] * 3]
+    assert told[1:3] == [[[0]] * 3, [[1]] * 3]
     assert told[3:] == [[list(range(-length(model, TEXTS[0]), 0))]]
 
 

@@ -64,7 +64,7 @@ def test_the_layout_names_the_modules_and_shapes(family, quantization):
 @every_case
 def test_every_identity_holds(family, quantization):
     checks = load_tiny(family, quantization).checks
-    assert set(checks) == {"residual_sum", "lens", "head_sum", "padding", "cache", "cache_batch"}
+    assert set(checks) == {"residual_sum", "lens", "head_sum", "padding", "cache", "decoding", "cache_batch"}
     for check in checks.values():
         assert check.error < 1e-5, check
 

@@ -125,7 +125,7 @@ def generate(
     if not given:
         raise InputError("generate: arms is empty; leave it out for the edits now active alone")
     edits = [edits_of(model, arm, number) for number, arm in enumerate(given)]
-    budget = max_tokens or token_budget(model.layout, model.device)
+    budget = token_budget(model.layout, model.device) if max_tokens is None else whole(max_tokens, "max_tokens", 1)
     rows = [Row(row, arm) for arm in range(len(edits)) for row in ids]
     with tqdm(
         total=len(rows) * max_new_tokens, desc="generating", unit="token", delay=5, disable=None, leave=False

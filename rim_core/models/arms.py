@@ -31,7 +31,7 @@ def edits_of(model: Model, arm: Arm, number: int) -> list[Edit | MaskEdit]:
                 entered.enter_context(context)
             except AttributeError as error:
                 # What contextlib says of a context that was entered before.
-                if error.name != "args":
+                if "'args'" not in str(error):
                     raise
                 raise InputError(f"arm {number} was used before: make its intervention anew for each call") from None
             if model.identity != identity:

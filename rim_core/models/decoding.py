@@ -21,7 +21,7 @@ from rim_core.models.padding import pad_right
 
 # Told before each pass: which tokens it holds, and the arm of each of its rows.
 Told = Callable[[Frame, list[int]], None]
-# Positions of a beginning that many prompts share: further from each one's end than any position that is named.
+# Where a beginning that many prompts share begins, and where padding is: before any position that can be named.
 _FAR = -(10**6)
 # Columns beyond the longest row, so that rows are seldom moved; padded tokens of a group that one more pass would cost.
 _ROOM, _PADDED = 64, 32
@@ -147,7 +147,7 @@ class Decoder:
         mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.bool), real], dim=1).long()
         if self._told:
             keys = torch.arange(shared + width) - torch.tensor([len(row.ids) for row in rows])[:, None]
-            keys = keys.to(self._device)
+            keys = keys.masked_fill(mask == 0, _FAR).to(self._device)
             self._told(Frame(keys[:, shared:], keys), [row.arm for row in rows])
         cache = self._laid_under([row.arm for row in rows])
         states = self._layout.body(
