@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import rim_core as rim
-from benchmarks import generation, harness, memory, paper_scale, patching, peers
+from benchmarks import decoding, generation, harness, memory, paper_scale, patching, peers
 from benchmarks.harness import Row
 
 REPEATS = 5
@@ -41,6 +41,18 @@ def generating(quick: bool, repeats: int) -> list[Row]:
     return generation.ablated(_fp32(), repeats, batch, new_tokens)
 
 
+def answers(quick: bool, repeats: int) -> list[Row]:
+    model = rim.load("smollm2:aligned", device="cpu")
+    if quick:
+        return decoding.headline(model, repeats, 4, 3, 6) + decoding.arms(model, repeats, 3, 2, 3)
+    return decoding.headline(model, repeats) + decoding.arms(model, repeats)
+
+
+def cells(quick: bool, repeats: int) -> list[Row]:
+    model = rim.load("smollm2:aligned", device="cpu")
+    return decoding.table(model, (1, 2), (45,), (3,)) if quick else decoding.table(model)
+
+
 def capture(quick: bool, repeats: int) -> list[Row]:
     models = (_fp32, lambda: rim.load(REFERENCE, device="cpu"))
     return [row for load in models for row in generation.capturing(load(), repeats, 8 if quick else 64)]
@@ -59,6 +71,8 @@ def memory_use(quick: bool, repeats: int) -> list[Row]:
 BENCHMARKS: dict[str, Callable[[bool, int], list[Row]]] = {
     "heads": heads,
     "components": components,
+    "decoding": answers,
+    "cells": cells,
     "generation": generating,
     "capture": capture,
     "growth": growth,

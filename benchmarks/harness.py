@@ -77,13 +77,16 @@ def in_turns(
     works: Mapping[str, Callable[[], object]],
     repeats: int,
     within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    *,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each piece of work in each repeat, taken in turns, so that a slow spell of the machine hits all.
 
-    A first round, which warms caches, is not counted. `within` names contexts to enter before the clock starts.
+    A first round, which warms caches, is not counted, or with `warm=False` not run. `within` names contexts to enter
+    before the clock starts.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 1):
+    for repeat in range(0 if warm else 1, repeats + 1):
         for name, work in works.items():
             with (within or {}).get(name, nullcontext)():
                 synchronize()

@@ -8,7 +8,7 @@ import torch
 
 import rim_core as rim
 from benchmarks import __main__ as command
-from benchmarks import generation, harness, memory, paper_scale, patching, peers
+from benchmarks import decoding, generation, harness, memory, paper_scale, patching, peers
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,19 @@ def test_patching_agrees_with_the_peers_loops(tiny):
 def test_generation_and_capture_agree_with_hooks_by_hand(tiny):
     rows = generation.ablated(tiny, 1, batch=3, new_tokens=2) + generation.capturing(tiny, 1, 5)
     assert all(row.difference < 1e-4 for row in rows)
+
+
+def test_answers_beside_hugging_face_and_arms_beside_a_loop_are_the_same(tiny):
+    rows = decoding.headline(tiny, 1, 5, 2, 4) + decoding.arms(tiny, 1, 3, 2, 3)
+    assert [row.peer for row in rows] == [decoding.PEER, "arithmetic limit"] * 2 + [decoding.PEER, "a loop of calls"]
+    assert [row.note for row in rows if row.note] == ["5 of 5 answers are the same"] * 2 + [
+        "6 of 6 answers are the same"
+    ]
+    cells = decoding.table(tiny, (1, 2), (40,), (2,))
+    assert len(cells) == 4
+    assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in rows + cells)
+    # A cut word may be read as other tokens.
+    assert all(abs(len(row) - 40) < 10 for row in tiny.tokenizer(decoding.of_length(tiny, 40, 3)).input_ids)
 
 
 def test_the_arithmetic_limit_counts_tokens_above_the_patch(tiny):

@@ -59,8 +59,13 @@ _FIGURES = {
         "time over the limit's",
         "how many times longer rim_core takes than the products alone would",
     ),
+    "cells": (
+        "How much faster are answers, by batch and length?",
+        "times faster",
+        "how many times faster rim_core answers than plain Hugging Face",
+    ),
 }
-_BENCHMARKS = ("heads", "components", "growth", "generation", "capture", "memory")
+_BENCHMARKS = ("heads", "components", "growth", "decoding", "cells", "generation", "capture", "memory")
 
 
 def performance(project: Path) -> dict[str, str]:

@@ -53,7 +53,8 @@ def small_passes(hf: Any) -> Iterator[None]:
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
-        hf.set_attn_implementation(attention)
+        if hf.config._attn_implementation != attention:
+            hf.set_attn_implementation(attention)
 
 
 def _may_be_held(module: Any) -> bool:
