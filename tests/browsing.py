@@ -35,14 +35,20 @@ class Visit:
         )
 
     def unfold(self) -> None:
-        """Open what is folded; of rows of one table, and of words of code, which share a dozen colours, keep some."""
+        """Open what is folded; of what repeats itself keep some: rows of one table, marks of one kind in a figure,
+        words of code, which share a dozen colours, and entries of each kind on the API's page."""
         self.tab.evaluate(
             "() => { document.querySelectorAll('details').forEach(details => { details.open = true }); "
             # What opens fades in, and half-faded text has too little contrast.
             "document.getAnimations().forEach(animation => animation.finish()); "
-            "const seen = new Set(); document.querySelectorAll('.highlight span[class]').forEach(word => "
-            "seen.has(word.className) ? word.replaceWith(...word.childNodes) : seen.add(word.className)); "
-            "document.querySelectorAll('tbody tr:nth-child(n+4)').forEach(row => row.remove()) }"
+            "const seen = {}, times = each => seen[each.className] = (seen[each.className] || 0) + 1; "
+            "document.querySelectorAll('dl.py').forEach(entry => "
+            "entry.isConnected && times(entry) > 5 && entry.remove()); "
+            "document.querySelectorAll('.highlight span[class]').forEach(word => "
+            "times(word) > 1 && word.replaceWith(...word.childNodes)); "
+            "document.querySelectorAll('tbody tr, .rim-vega g[class*=mark-]:not(.mark-group) > *').forEach(each => "
+            "each.matches(':nth-child(n+4)') && each.classList.add('one-of-many')); "
+            "document.querySelectorAll('.one-of-many').forEach(each => each.remove()) }"
         )
 
     def figures(self) -> list[list[str]]:
