@@ -6,7 +6,6 @@ race when several runs share a machine, and a default socket path is shared by e
 
 import ast
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from papermill.engines import Engine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 
-from companion import provenance
+from companion import forking, provenance
 from rim_core import paths
 
 _SOCKET_PATH_LIMIT = 90  # the system's limit is about 104 bytes, and a channel number is appended
@@ -75,6 +74,7 @@ class _Kernel:
     environment: dict[str, str]
     on_cell: Callable[[int, int], None]
     notebook: Any
+    nursery: forking.Nursery | None = None
     cells_started: int = 0
     manager: Any = None
     watch: provenance.MemoryWatch | None = None
@@ -104,27 +104,33 @@ def execute(
     parameters: Mapping[str, Any],
     on_cell: Callable[[int, int], None],
     timeout: float | None = None,
+    nursery: forking.Nursery | None = None,
 ) -> Execution:
     """Execute a notebook, with the project's root as its working directory; what it printed is scrubbed.
 
-    `on_cell(k, m)` is called as code cell k of m starts; `timeout` is in seconds a cell. An interrupt ends the
-    kernel and goes on upwards.
+    `on_cell(k, m)` is called as code cell k of m starts; `timeout` is in seconds a cell; the kernel is a new process,
+    or is forked from the `nursery`. An interrupt ends the kernel and goes on upwards.
     """
     _quiet()
     papermill_engines.register("rim", _Engine)
     with tempfile.TemporaryDirectory(prefix="rim-", dir=_short_parent()) as name:
         folder = Path(name)
-        environment = {
-            **os.environ,
-            **_KERNEL_SETTINGS,
-            "RIM_PROJECT": str(project),
-            "IPYTHONDIR": str(folder / "ipython"),  # a user's own start-up files must not change a result
-        }
-        kernel = _Kernel(folder, environment, on_cell, nbformat.reads(json.dumps(notebook), as_version=4))
+        # A user's own start-up files must not change a result.
+        environment = {**_environment(project), "IPYTHONDIR": str(folder / "ipython")}
+        kernel = _Kernel(folder, environment, on_cell, nbformat.reads(json.dumps(notebook), as_version=4), nursery)
         failure = _attempt(kernel, project, parameters, timeout)
     clean = scrubber(project)
     executed = nbformat.from_dict(clean(remove_error_markers(kernel.notebook)))
     return Execution(executed, Failure(**clean(vars(failure))) if failure else None, kernel.usage)
+
+
+def nursery(project: Path) -> forking.Nursery | None:
+    """Start a process that kernels of this project can be forked from, where that is possible."""
+    return forking.Nursery(project, _environment(project)) if forking.possible() else None
+
+
+def _environment(project: Path) -> dict[str, str]:
+    return {**os.environ, **_KERNEL_SETTINGS, "RIM_PROJECT": str(project)}
 
 
 def _attempt(kernel: _Kernel, project: Path, parameters: Mapping[str, Any], timeout: float | None) -> Failure | None:
@@ -203,12 +209,6 @@ def _short_parent() -> str | None:
     return None if len(tempfile.gettempdir()) < _SOCKET_PATH_LIMIT - 20 or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to end this process with its parent; elsewhere ipykernel looks itself, between two steps of Python."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 class _KernelManager(AsyncKernelManager):  # type: ignore[misc,unused-ignore]
     """Start this very Python as the kernel, quietly, with an environment and sockets of its own."""
 
@@ -221,12 +221,27 @@ class _KernelManager(AsyncKernelManager):  # type: ignore[misc,unused-ignore]
 
     async def _async_start_kernel(self, **kw: Any) -> None:
         with (self.kernel.folder / "kernel.log").open("wb") as log:
-            quiet = {"env": self.kernel.environment, "stdout": log, "stderr": log, "preexec_fn": _end_with_parent}
+            quiet = {
+                "env": self.kernel.environment,
+                "stdout": log,
+                "stderr": log,
+                "preexec_fn": forking.end_with_parent,
+            }
             await super()._async_start_kernel(**quiet, **kw)
         if process := getattr(self.provisioner, "pid", None):
             self.kernel.watch = provenance.MemoryWatch(process)
 
     start_kernel = _async_start_kernel
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
+        if self.kernel.nursery is None:
+            await super()._async_launch_kernel(kernel_cmd, **kw)
+            return
+        command = kernel_cmd[kernel_cmd.index("-m") + 1 :]
+        forked = self.kernel.nursery.fork(command, self.kernel.environment, self.kernel.folder / "kernel.log")
+        started: Any = self.provisioner
+        started.process, started.pid, started.pgid = forked, forked.pid, forked.pid
+        self._reconcile_connection_info(started.connection_info)
 
 
 class _Client(PapermillNotebookClient):  # type: ignore[misc,unused-ignore]

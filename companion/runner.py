@@ -9,6 +9,7 @@ import datetime
 import errno
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from rim_core.suites.preflight import preflight
 from rim_core.suites.schema import suite_hashes
 from rim_core.verdicts.deciding import MIME
 from rim_core.verdicts.rules import SYMBOLS
+
+_MODELS = re.compile(r"rim\.(load|roles)\(")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,31 @@ def run(jobs: Sequence[Job], *, force: bool = False, timeout: float | None = Non
     results: dict[str, Result] = {}
     for project in {job.project for job in jobs}:
         folders.sweep(paths.results_dir(project))
+    with _nursery(jobs, force) as nursery:
+        _run_each(jobs, force, timeout, nursery, results)
+    return [results[job.notebook] for job in jobs]
+
+
+@contextlib.contextmanager
+def _nursery(jobs: Sequence[Job], force: bool) -> Iterator[Any]:
+    """What kernels are forked from, where several of the notebooks to run load a model; else None."""
+    heavy = [job for job in jobs if (force or job.status == "to run") and _MODELS.search(json.dumps(job.source))]
+    if len(heavy) < 2:
+        yield None
+        return
+    from companion.execution import nursery
+
+    started = nursery(heavy[0].project)
+    try:
+        yield started
+    finally:
+        if started:
+            started.close()
+
+
+def _run_each(
+    jobs: Sequence[Job], force: bool, timeout: float | None, nursery: Any, results: dict[str, Result]
+) -> None:
     for patient in (False, True):
         for number, job in enumerate(jobs, 1):
             if job.notebook in results:
@@ -63,7 +91,7 @@ def run(jobs: Sequence[Job], *, force: bool = False, timeout: float | None = Non
             progress = Progress(f"[{number}/{len(jobs)}] {job.notebook}", sys.stderr)
             try:
                 with progress, _disk_errors(job.project):
-                    result = _run(job, force, timeout, progress, patient)
+                    result = _run(job, force, timeout, nursery, progress, patient)
             except folders.BusyError as busy:
                 progress.say(f"waits: {busy}")
                 continue
@@ -74,10 +102,9 @@ def run(jobs: Sequence[Job], *, force: bool = False, timeout: float | None = Non
                 ) from None
             progress.say(_told(result))
             results[job.notebook] = result
-    return [results[job.notebook] for job in jobs]
 
 
-def _run(job: Job, force: bool, timeout: float | None, progress: Progress, patient: bool) -> Result:
+def _run(job: Job, force: bool, timeout: float | None, nursery: Any, progress: Progress, patient: bool) -> Result:
     """Run one job unless it is up to date; where another run is at it wait, or raise if not `patient`."""
     if job.lacking and not force:
         lacks = f"suite {job.suite.name} has no role {', '.join(job.lacking)}"
@@ -88,12 +115,12 @@ def _run(job: Job, force: bool, timeout: float | None, progress: Progress, patie
         if not force and job.state == "up to date":  # another run did it meanwhile
             return Result(job.notebook, "up to date")
         try:
-            return _execute(job, timeout, progress, check)
+            return _execute(job, timeout, nursery, progress, check)
         except RunError as error:
             return Result(job.notebook, "failed", str(error))
 
 
-def _execute(job: Job, timeout: float | None, progress: Progress, check: Callable[[], None]) -> Result:
+def _execute(job: Job, timeout: float | None, nursery: Any, progress: Progress, check: Callable[[], None]) -> Result:
     """Execute one notebook, and put its result, or the record of its failure, in place."""
     # papermill takes a second, which a run that is up to date need not
     from companion.execution import Failure, execute
@@ -106,7 +133,7 @@ def _execute(job: Job, timeout: float | None, progress: Progress, check: Callabl
         preflight(job.suite, str(job.parameters.get("quantization", "nf4")))
     started, clock = _now(), time.monotonic()
     with folders.temporary(job.folder) as temporary:
-        done = execute(job.project, job.source, passed, progress.cell, timeout)
+        done = execute(job.project, job.source, passed, progress.cell, timeout, nursery)
         failure = done.failure
         job = replace(job, parts=_with_fetched(job.parts, job.models, suite_hashes(job.suite.path)))
         done.notebook.metadata.get("papermill", {}).pop("input_path", None)

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny_project
 from tiny_project import RECORD, kernels, leftovers, wait_for, write
 
-from companion import execution, notebooks, runner, staleness
+from companion import execution, forking, notebooks, runner, staleness
 from rim_core import identity, paths
 from rim_core.errors import InputError, RimError
 
@@ -39,6 +40,11 @@ def run(names: Any = (), overrides: Any = None, **options: Any) -> list[runner.R
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def output_texts(root: Path, name: str) -> list[str]:
+    cells = read(result_of(root, name) / "notebook.ipynb")["cells"]
+    return [output["text"] for cell in cells for output in cell.get("outputs", []) if "text" in output]
 
 
 # --- results --------------------------------------------------------------------------------------------
@@ -117,6 +123,63 @@ def test_a_kernel_that_does_not_start_says_its_last_words(root, monkeypatch):
     (root / "broken" / "ipykernel_launcher.py").write_text("raise ImportError('no such library')")
     (result,) = run()
     assert result.reason.startswith("KernelStartError: the kernel did not start: ImportError: no such library; see ")
+
+
+# --- forked kernels -------------------------------------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not forking.possible(), reason="kernels are forked on Linux without a GPU")
+LOADS = "# as a notebook does that says rim.load("
+
+
+def forked(root: Path) -> list[psutil.Process]:
+    """The process that kernels are forked from, and the kernels."""
+    found = psutil.process_iter(["cmdline", "cwd"])
+    return [p for p in found if "companion.forking" in (p.info["cmdline"] or []) and p.info["cwd"] == str(root)]
+
+
+@needs_fork
+def test_notebooks_on_models_are_forked_from_one_process_and_share_nothing_else(root, monkeypatch):
+    monkeypatch.setattr(forking, "LIBRARIES", ("colorsys", "no_such_library"))
+    asking = "import os, sys; print(os.getppid(), os.getcwd(), 'colorsys' in sys.modules, hasattr(sys, 'left'))"
+    write(root, "one/01_first", LOADS, RECORD, asking, "sys.left = 1; print(os.environ['PYTHONHASHSEED'])")
+    write(root, "one/02_dies", LOADS, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    write(root, "one/03_fails", LOADS, "1 / 0")
+    write(root, "one/04_last", LOADS, asking)
+    write(root, "two/01_no_model", "print('fine')")
+    done = run()
+    assert [result.status for result in done] == ["ran", "failed", "failed", "ran", "ran"]
+    assert [claim["outcome"] for claim in done[0].claims] == ["validated"]
+    assert "the kernel died in this cell of SIGSEGV" in done[1].reason
+    assert "cell 4: ZeroDivisionError" in done[2].reason
+    said = [output_texts(root, name) for name in ("one/01_first", "one/04_last")]
+    assert said[0][-2:] == [said[1][0], "0\n"]
+    assert said[1][0].split()[1:] == [".", "True", "False"]
+    assert read(result_of(root) / "run.json")["peak_memory_bytes"] > 1e6
+    assert forked(root) == []
+
+
+@needs_fork
+def test_what_is_loaded_beforehand_does_not_look_for_a_notebook():
+    """pandas shows tables otherwise in a terminal."""
+    loaded = f"import sys, {', '.join(forking.LIBRARIES)}; sys.exit('pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
+
+
+@needs_fork
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_no_forked_kernel_outlives_its_run(root, number, status, monkeypatch):
+    write(root, "one/01_first", LOADS)
+    write(root, "one/02_second", LOADS, "open('reached', 'w').close()\nimport time\ntime.sleep(600)")
+    command = f"from companion import forking; forking.LIBRARIES = (); {tiny_project.COMMAND}"
+    monkeypatch.setattr(tiny_project, "COMMAND", command)
+    process = tiny_project.start(root, "run", "--suite", SUITE)
+    wait_for((root / "reached").exists)
+    assert len(forked(root)) == 2
+    process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == status, told
+    wait_for(lambda: not forked(root), 10)
+    assert result_of(root).exists()
 
 
 def test_a_claim_recorded_in_two_ways_fails(root):
