@@ -2,7 +2,7 @@
 
 Read first: `generation`, then `rates`.
 
-- `generation`: `generate`, greedy answers in batches, under whatever edits are active.
+- `generation`: `generate`, greedy answers side by side, under whatever edits are active or each arm has.
 - `rates`: `refusals`, `attack_successes` (an answer each), `refusal_rate`, `attack_success_rate`, `compare_rates`.
 - `judges`: what a judge is, the list of phrases (`StringJudge`, `is_refusal`), and `Question`.
 - `model_judges`: `PromptJudge` and `ClassifierJudge`, models here. `server_judge`: `ServerJudge`, a model elsewhere.

@@ -9,6 +9,7 @@
 - `hooks`: reading and editing while the model runs.
 - `capture`: activations of many texts.
 - `padding`: positions, padding, and beginnings that prompts share; `batching`: batches of what fits in memory.
+- `decoding`: rows that are decoded side by side; `arms`: each with its own edits; `small_passes`: sooner on a CPU.
 - `tokens`: tokens by name, and where a fragment lies.
 - `remote`: nnsight, and models that run at NDIF.
 """
