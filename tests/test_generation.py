@@ -480,3 +480,39 @@ def test_generation_under_an_adapter_differs_and_comes_back(default_model):
     with default_model.using("base"):
         assert rim.generate(default_model, texts, max_new_tokens=4) != first
     assert rim.generate(default_model, texts, max_new_tokens=4) == first
+
+
+def test_progress_is_told_by_tokens(monkeypatch):
+    """Those that are saved by an early end count as done, and tokens said before memory ran out once."""
+    model = load_tiny("llama")
+    texts = chat(model, 5)
+    bars = []
+
+    class Bar:
+        def __init__(self, total, unit, **_):
+            self.total, self.unit, self.done = total, unit, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n):
+            assert n >= 0
+            self.done += n
+
+    monkeypatch.setattr(generation, "tqdm", Bar)
+    rim.generate(model, texts, max_new_tokens=7, stop=["e", "a"])
+    with small_memory(model, lambda rows, slots: rows > 2):
+        rim.generate(model, texts, max_new_tokens=7, arms=[None, rim.steer(model, some(model.d_model), 1)])
+    assert [(bar.done, bar.total, bar.unit) for bar in bars] == [(35, 35, "token"), (70, 70, "token")]
+
+
+def test_int8_answers_one_prompt_as_hugging_faces_loop_does():
+    """Alone: its rounding depends on what else is in the batch."""
+    model = load_tiny("llama", "int8")
+    texts = chat(model, 3, system=SYSTEM)
+    answers = [rim.generate(model, [text], max_new_tokens=6)[0] for text in texts]
+    assert answers == alone(model, texts, 6, lambda: None)
