@@ -22,7 +22,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from plain import plain_model
+from plain import assert_close, plain_model
 from safetensors.torch import load_file, save_file
 from tiny import TEXTS, write_model
 
@@ -273,6 +273,69 @@ def test_order_and_nesting_do_not_matter(two):
                 raise KeyboardInterrupt
             assert torch.equal(logits(model.hf, ids), right[first])
         assert torch.equal(logits(model.hf, ids), right[None])
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_scale_multiplies_what_a_lora_adds(bases, tmp_path, quantization):
+    """Against PEFT's own on an adapter whose second matrix is multiplied; doses nest, and leave nothing behind."""
+    _, model, reference = bases(quantization=quantization)
+    config = LoraConfig(r=3, target_modules=["o_proj", "down_proj"], lora_alpha=7, task_type="CAUSAL_LM")
+    folder = write_adapter(reference, config, tmp_path / "whole", 1)
+    ids, before = ids_of(model), state(model)
+    bare, whole = logits(model.hf, ids), peft_logits(reference, folder, ids)
+
+    def dosed(scale):
+        made = tmp_path / f"by-{scale}"
+        if not made.exists():
+            shutil.copytree(folder, made)
+            tensors = load_file(made / "adapter_model.safetensors")
+            save_file(
+                {name: tensor * scale if "lora_B" in name else tensor for name, tensor in tensors.items()},
+                made / "adapter_model.safetensors",
+            )
+        return peft_logits(reference, made, ids)
+
+    identities = {model.identity}
+    for scale in (0.5, 2.0, -1.0):
+        with model.using(folder, scale=scale):
+            assert_close(logits(model.hf, ids), dosed(scale), 1e-5)
+            identities.add(model.identity)
+            with model.using(folder):
+                assert torch.equal(logits(model.hf, ids), whole)
+                with model.using(folder, scale=0.25):
+                    assert_close(logits(model.hf, ids), dosed(0.25), 1e-5)
+            with model.using(None):
+                assert torch.equal(logits(model.hf, ids), bare)
+            assert_close(logits(model.hf, ids), dosed(scale), 1e-5)
+    with model.using(folder, scale=0):
+        assert_close(logits(model.hf, ids), bare, 1e-6)
+    with model.using(folder):
+        assert torch.equal(logits(model.hf, ids), whole)
+        identities.add(model.identity)
+    assert len(identities) == 5
+    assert torch.equal(logits(model.hf, ids), bare)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale", "says"),
+    [
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 0.5, "cannot be scaled"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, 0.5, "cannot be scaled"),
+        ({"target_modules": ["q_proj"]}, "half", "scale must be a finite number"),
+        (None, 0.5, "the bare base has no adapter to be scaled"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused_in_one_line(bases, tmp_path, config, scale, says):
+    _, model, reference = bases()
+    ids, before = ids_of(model), state(model)
+    bare = logits(model.hf, ids)
+    folder = config and write_adapter(reference, LoraConfig(r=2, task_type="CAUSAL_LM", **config), tmp_path / "a", 1)
+    with pytest.raises(InputError, match=says) as caught, model.using(folder, scale=scale):
+        pass
+    assert "\n" not in str(caught.value)
+    assert torch.equal(logits(model.hf, ids), bare)
     assert_untouched(model, before)
 
 

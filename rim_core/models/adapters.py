@@ -10,7 +10,7 @@ touched; what turns out not to fit is taken out again.
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,33 @@ def take_out(swaps: tuple[Swap, ...]) -> None:
     """Put the base's own modules back."""
     for swap in swaps:
         swap.parent._modules[swap.name] = swap.bare
+
+
+def scaled(swaps: tuple[Swap, ...], scale: float, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Functions that multiply what an adapter adds by `scale`, and that put that back as it was.
+
+    Raises:
+        InputError: an adapter that does more than add to outputs of linear modules, so that no number scales it.
+    """
+    layers: list[Any] = [swap.adapted for swap in swaps]
+    for layer in layers:
+        if not isinstance(getattr(layer, "scaling", None), dict) or getattr(layer, "lora_variant", None):
+            raise InputError(
+                f"the adapter in {folder} cannot be scaled: {type(layer).__name__} does more than add a product of two "
+                "matrices; leave scale out"
+            )
+    before: list[dict[str, float]] = []
+
+    def put() -> None:
+        before[:] = [dict(layer.scaling) for layer in layers]
+        for layer, values in zip(layers, before, strict=True):
+            layer.scaling.update({name: value * scale for name, value in values.items()})
+
+    def back() -> None:
+        for layer, values in zip(layers, before, strict=True):
+            layer.scaling.update(values)
+
+    return put, back
 
 
 def attach(hf: Any, folder: Path) -> tuple[Swap, ...]:

@@ -3,19 +3,19 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rim_core.checking import whole, whole_numbers
+from rim_core.checking import number, whole, whole_numbers
 from rim_core.errors import InputError, RimWarning
 from rim_core.identity import adapter_identity, digest
 from rim_core.models import checks
 from rim_core.models import remote as far
-from rim_core.models.adapters import Swap, attach, put_in, take_out
+from rim_core.models.adapters import Swap, attach, put_in, scaled, take_out
 from rim_core.models.checks import Checks
 from rim_core.models.layout import find_layout
 from rim_core.suites.checkpoints import adapter_folder
@@ -30,6 +30,17 @@ class _Adapted:
     layout: Any
     swaps: tuple[Swap, ...] = ()
     checks: Checks = field(default_factory=Checks)
+    dose: tuple[Callable[[], None], Callable[[], None]] | None = None
+
+    def put_in(self) -> None:
+        put_in(self.swaps)
+        if self.dose:
+            self.dose[0]()
+
+    def take_out(self) -> None:
+        if self.dose:
+            self.dose[1]()
+        take_out(self.swaps)
 
 
 class Model:
@@ -178,7 +189,7 @@ class Model:
         return self._views[key]
 
     @contextlib.contextmanager
-    def using(self, role_or_adapter: str | os.PathLike[str] | None) -> Iterator["Model"]:
+    def using(self, role_or_adapter: str | os.PathLike[str] | None, *, scale: float = 1.0) -> Iterator["Model"]:
         """Within the context the same base runs with another adapter; None is the bare base. Nests.
 
         Inside, the model is PEFT's own for that adapter; outside, it is what it was, bit for bit. Interventions now
@@ -186,13 +197,15 @@ class Model:
 
         Args:
             role_or_adapter: a role of the suite, a folder with an adapter, or None.
+            scale: by which what a LoRA adds is multiplied: 0 is the base's numbers, 1 the adapter's, 2 twice its dose.
 
         Raises:
             InputError: unknown role, one whose weights are not these (a checkpoint of its own: see `roles`), or an
-                adapter that is none, does not fit, or cannot be had exactly.
+                adapter that is none, does not fit, cannot be had exactly, or cannot be scaled.
         """
+        scale = number(scale, "using: scale")
         with self._back_afterwards():
-            self._switch(role_or_adapter)
+            self._switch(role_or_adapter, scale)
             yield self
 
     @contextlib.contextmanager
@@ -215,21 +228,26 @@ class Model:
             self.entered -= 1
             self._activate(*before)
 
-    def _switch(self, role_or_adapter: str | os.PathLike[str] | None) -> None:
+    def _switch(self, role_or_adapter: str | os.PathLike[str] | None, scale: float = 1.0) -> None:
         name = None if role_or_adapter is None else str(role_or_adapter)
         if name is not None and self.suite and name in self.suite.roles:
             role = self.suite.role(name)
             if role.checkpoint != self.own_checkpoint:
                 raise self._others_weights(name)
-            self._activate(self._with(role.adapter) if role.adapter else self._bare, name)
+            self._activate(self._with(role.adapter, scale) if role.adapter else self._unscaled(name, scale), name)
         elif name is None:
             if self._own_role:
                 raise self._others_weights("the bare base")
-            self._activate(self._bare, None)
+            self._activate(self._unscaled("the bare base", scale), None)
         elif self.suite and not Path(name).exists() and name.count("/") != 1:
             self.suite.role(name)
         else:
-            self._activate(self._with(name), name)
+            self._activate(self._with(name, scale), name)
+
+    def _unscaled(self, name: str, scale: float) -> _Adapted:
+        if scale != 1:
+            raise InputError(f"using: {name} has no adapter to be scaled; leave scale out")
+        return self._bare
 
     def _others_weights(self, wanted: str) -> InputError:
         held = f"the checkpoint of role {self._own_role!r}" if self._own_role else "the suite's base"
@@ -241,8 +259,8 @@ class Model:
     def _activate(self, wanted: _Adapted, role: str | None) -> None:
         if wanted is not self._active:
             with self._without_hooks():
-                take_out(self._active.swaps)
-                put_in(wanted.swaps)
+                self._active.take_out()
+                wanted.put_in()
                 self._active = wanted
         self.role = role
 
@@ -257,8 +275,8 @@ class Model:
             for hooks in self.hooks:
                 hooks.put()
 
-    def _with(self, source: str) -> _Adapted:
-        """The base with an adapter, attached once for each content; the active one stays."""
+    def _with(self, source: str, scale: float = 1.0) -> _Adapted:
+        """The base with an adapter at a scale, attached once for each content; the active one stays."""
         if self.remote:
             raise far.refusal(f"adapter {source}")
         folder = adapter_folder(source)
@@ -266,12 +284,15 @@ class Model:
         identity = adapter_identity(folder)
         if identity not in self._adapted:
             with self._without_hooks():
-                take_out(self._active.swaps)
+                self._active.take_out()
                 try:
                     self._adapted[identity] = self._attached(folder, identity)
                 finally:
-                    put_in(self._active.swaps)
-        return self._adapted[identity]
+                    self._active.put_in()
+        whole = self._adapted[identity]
+        if scale == 1:
+            return whole
+        return replace(whole, identity=f"{identity} x {scale!r}", dose=scaled(whole.swaps, scale, folder))
 
     def _attached(self, folder: Path, identity: str) -> _Adapted:
         swaps = attach(self.hf, folder)
