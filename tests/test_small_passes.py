@@ -4,7 +4,8 @@ import psutil
 import pytest
 import torch
 from families import FAMILIES, load_tiny
-from plain import assert_close, some
+from peft import LoraConfig, get_peft_model
+from plain import assert_close, plain_model, some
 from tiny import TEXTS
 
 from rim_core.models import small_passes as module
@@ -34,6 +35,34 @@ def test_a_step_has_the_model_s_numbers(family, quantization, rows, monkeypatch)
         assert_close(step(model, rows), wanted, 1e-5)
     assert not any("forward" in vars(one) for one in model.hf.modules())
     assert model.hf.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_a_step_has_the_numbers_of_the_adapter_now_active(tmp_path, quantization, options, monkeypatch):
+    """A plain LoRA's are laid out with the weights it is put on; others run as they are; doses count."""
+    model = load_tiny("llama", quantization)
+    monkeypatch.setattr(module, "_SMALL", 0)
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM", **options)
+    peft = get_peft_model(plain_model(model.name), config)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    peft.save_pretrained(tmp_path)
+    doses = (1.0,) if options else (1.0, 0.5)
+    found = []
+    for dose in doses:
+        with model.using(tmp_path, scale=dose):
+            wanted = step(model, 3)
+            with small_passes(model.hf):
+                held = [one for one in model.hf.modules() if "forward" in vars(one) and hasattr(one, "lora_A")]
+                assert bool(held) == ("use_dora" not in options and "lora_bias" not in options)
+                assert_close(step(model, 3), wanted, 1e-5)
+            found.append(wanted)
+    bare = step(model, 3)
+    assert all((one - bare).abs().max() > 1e-2 * bare.abs().max() for one in found)
 
 
 def test_large_passes_are_the_model_s_own_bit_for_bit(monkeypatch):

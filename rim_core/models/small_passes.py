@@ -2,8 +2,8 @@
 
 Left to itself each such pass unpacks 4-bit weights anew, and each product lays its weights out anew in the order in
 which the processor reads them: for a few dozen tokens that costs as much as the product. Here oneDNN lays them out once
-for a call. Attention from one query to many keys is two batched products; PyTorch's fused kernel, made for many,
-takes longer. Large passes run as they always do.
+for a call, together with what a LoRA adds. Attention from one query to many keys is two batched products; PyTorch's
+fused kernel, made for many queries, takes longer. Large passes run as they always do.
 """
 
 import contextlib
@@ -36,9 +36,11 @@ def small_passes(hf: Any) -> Iterator[None]:
     Args:
         hf: the Hugging Face model, with the adapter that is to be run.
     """
-    modules = (
-        [module for module in hf.modules() if _may_be_held(module)] if torch.backends.mkldnn.is_available() else []
-    )
+    modules: list[Any] = []
+    if torch.backends.mkldnn.is_available():
+        adapted = [module for module in hf.modules() if _is_plain_lora(module) and _may_be_held(module.base_layer)]
+        inside = {id(module.base_layer) for module in adapted}
+        modules = adapted + [module for module in hf.modules() if id(module) not in inside and _may_be_held(module)]
     size = sum(4 * module.in_features * module.out_features for module in modules)
     if size > psutil.virtual_memory().available / 4:
         modules = []
@@ -72,7 +74,24 @@ def _may_be_held(module: Any) -> bool:
     )
 
 
+def _is_plain_lora(module: Any) -> bool:
+    """Whether a module adds the product of two matrices to a linear one, and nothing else."""
+    if not hasattr(module, "lora_A") or not hasattr(module, "get_delta_weight") or "forward" in module.__dict__:
+        return False
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    return (
+        not (module.training or module.merged or module.disable_adapters or module.lora_variant)
+        and len(active) == 1
+        and type(module.lora_A[active[0]]) is nn.Linear
+        and module.lora_B[active[0]].bias is None
+        and module.lora_B[active[0]].weight.dtype == torch.float32
+    )
+
+
 def _weight(module: Any) -> Tensor:
+    if hasattr(module, "lora_A"):
+        (active,) = (name for name in module.active_adapters if name in module.lora_A)
+        return _weight(module.base_layer) + module.get_delta_weight(active).detach()
     if type(module) is nn.Linear:
         return module.weight.detach()
     from bitsandbytes.functional import dequantize_4bit
