@@ -13,7 +13,7 @@ from tiny import TEMPLATE, TEXTS, tokenizer
 
 import rim_core as rim
 from rim_core import organisms
-from rim_core.behaviour import coherence
+from rim_core.behaviour import coherence, generation
 from rim_core.behaviour.judges import HARMFUL, REFUSING, StringJudge, exchanges, fill, is_refusal, verdicts
 from rim_core.errors import InputError
 from rim_core.texts import encode
@@ -150,13 +150,14 @@ def thinking_model(tmp_path, template, special):
 
 
 def says(monkeypatch, model, text):
-    """Let the model answer with this text, and the end of its turn."""
-    tokens = model.tokenizer(text + "<|im_end|>", add_special_tokens=False, return_tensors="pt").input_ids
+    """Let every answer be this text and the end of its turn, as tokens."""
+    new = model.tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
 
-    def generate(input_ids, **settings):
-        return torch.cat([input_ids, tokens.expand(len(input_ids), -1)], dim=1)
+    def run(self, limit):
+        for row in self._rows:
+            row.new = list(new)
 
-    monkeypatch.setattr(model.hf, "generate", generate)
+    monkeypatch.setattr(generation._Loop, "run", run)
 
 
 @pytest.mark.parametrize("special", [True, False])
