@@ -155,7 +155,7 @@ def test_a_wrong_setting_is_told_before_anything_runs(root, suites, config, told
 @needs_snakemake
 @pytest.mark.skipif(bool(one_node_slurm.why_not()), reason=one_node_slurm.why_not() or "there is a SLURM")
 def test_the_slurm_profile_on_a_cluster_of_one_node(root, tmp_path):
-    write(root, "one/01_first", "1 / 0")
+    write(root, "one/00_bad", "1 / 0")
     write(root, "two/01_second", "import os; print('job', os.environ['SLURM_JOB_ID'])")
     (tmp_path / "slurm").mkdir()
     quick = ["--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "2"]
@@ -165,11 +165,11 @@ def test_the_slurm_profile_on_a_cluster_of_one_node(root, tmp_path):
         again = snakemake(root, "tiny.yml", "-n", *quick, profile="slurm")
     assert done.returncode == 1
     assert "cell 3: ZeroDivisionError" in done.stderr
-    assert sorted(records(root)) == ["results/tiny/two/01_second/default"]
+    assert sorted(records(root)) == ["results/tiny/one/01_first/default", "results/tiny/two/01_second/default"]
     printed = (root / "results/tiny/two/01_second/default/notebook.ipynb").read_text(encoding="utf-8")
     assert re.search(r"job \d+\\n", printed)
-    assert "tiny: 1 of 2 runs are up to date" in again.stderr
-    assert rim(root, "run", "--plan", "--suite", "tiny.yml").stdout.count('"up to date"') == 1
+    assert "tiny: 2 of 3 runs are up to date" in again.stderr
+    assert rim(root, "run", "--plan", "--suite", "tiny.yml").stdout.count('"up to date"') == 2
 
 
 # --- what the workflow asks of `rim` --------------------------------------------------------------------
