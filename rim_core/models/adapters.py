@@ -10,7 +10,7 @@ touched; what turns out not to fit is taken out again.
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +34,25 @@ _MISFITS = (
 
 @dataclass(frozen=True)
 class Swap:
-    """One place in the base, `parent.name`: the module that was loaded there, and the one an adapter puts there."""
+    """One place in the base, `parent.name`: the module that was loaded there, and the one an adapter puts there.
+
+    `factors` are what a LoRA multiplies the product of its matrices by, None for what does more than add that product.
+    """
 
     parent: nn.Module
     name: str
     bare: nn.Module
     adapted: nn.Module
+    factors: dict[str, float] | None
 
 
-def put_in(swaps: tuple[Swap, ...]) -> None:
-    """Put an adapter's modules into their places."""
+def put_in(swaps: tuple[Swap, ...], scale: float = 1.0) -> None:
+    """Put an adapter's modules into their places, what they add multiplied by `scale` (see `refuse_unscalable`)."""
     for swap in swaps:
         swap.parent._modules[swap.name] = swap.adapted
+        if swap.factors is not None:
+            adapted: Any = swap.adapted
+            adapted.scaling.update({name: factor * scale for name, factor in swap.factors.items()})
 
 
 def take_out(swaps: tuple[Swap, ...]) -> None:
@@ -54,31 +61,14 @@ def take_out(swaps: tuple[Swap, ...]) -> None:
         swap.parent._modules[swap.name] = swap.bare
 
 
-def scaled(swaps: tuple[Swap, ...], scale: float, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Functions that multiply what an adapter adds by `scale`, and that put that back as it was.
-
-    Raises:
-        InputError: an adapter that does more than add to outputs of linear modules, so that no number scales it.
-    """
-    layers: list[Any] = [swap.adapted for swap in swaps]
-    for layer in layers:
-        if not isinstance(getattr(layer, "scaling", None), dict) or getattr(layer, "lora_variant", None):
+def refuse_unscalable(swaps: tuple[Swap, ...], folder: Path) -> None:
+    """Raise InputError where an adapter does more than add to outputs of linear modules: no number scales that."""
+    for swap in swaps:
+        if swap.factors is None:
             raise InputError(
-                f"the adapter in {folder} cannot be scaled: {type(layer).__name__} does more than add a product of two "
-                "matrices; leave scale out"
+                f"the adapter in {folder} cannot be scaled: {type(swap.adapted).__name__} does more than add a product "
+                "of two matrices; leave scale out"
             )
-    before: list[dict[str, float]] = []
-
-    def put() -> None:
-        before[:] = [dict(layer.scaling) for layer in layers]
-        for layer, values in zip(layers, before, strict=True):
-            layer.scaling.update({name: value * scale for name, value in values.items()})
-
-    def back() -> None:
-        for layer, values in zip(layers, before, strict=True):
-            layer.scaling.update(values)
-
-    return put, back
 
 
 def attach(hf: Any, folder: Path) -> tuple[Swap, ...]:
@@ -214,7 +204,7 @@ class _Tree:
                 if now is not child:
                     if child is None or now is None:
                         return None
-                    found.append(Swap(module, name, child, now))
+                    found.append(Swap(module, name, child, now, _factors(now)))
         moved = any(p.data.data_ptr() != data.data_ptr() for p, data, _ in self.data)
         return None if moved else tuple(found)
 
@@ -236,6 +226,11 @@ class _Tree:
         for name in self.hf.__dict__.keys() - self.attributes.keys():
             del self.hf.__dict__[name]
         self.hf.__dict__.update(self.attributes)
+
+
+def _factors(adapted: Any) -> dict[str, float] | None:
+    factors = getattr(adapted, "scaling", None)
+    return dict(factors) if isinstance(factors, dict) and not getattr(adapted, "lora_variant", None) else None
 
 
 def _same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

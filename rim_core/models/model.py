@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rim_core.errors import InputError, RimWarning
 from rim_core.identity import adapter_identity, digest
 from rim_core.models import checks
 from rim_core.models import remote as far
-from rim_core.models.adapters import Swap, attach, put_in, scaled, take_out
+from rim_core.models.adapters import Swap, attach, put_in, refuse_unscalable, take_out
 from rim_core.models.checks import Checks
 from rim_core.models.layout import find_layout
 from rim_core.suites.checkpoints import adapter_folder
@@ -30,17 +30,7 @@ class _Adapted:
     layout: Any
     swaps: tuple[Swap, ...] = ()
     checks: Checks = field(default_factory=Checks)
-    dose: tuple[Callable[[], None], Callable[[], None]] | None = None
-
-    def put_in(self) -> None:
-        put_in(self.swaps)
-        if self.dose:
-            self.dose[0]()
-
-    def take_out(self) -> None:
-        if self.dose:
-            self.dose[1]()
-        take_out(self.swaps)
+    scale: float = 1.0
 
 
 class Model:
@@ -259,8 +249,8 @@ class Model:
     def _activate(self, wanted: _Adapted, role: str | None) -> None:
         if wanted is not self._active:
             with self._without_hooks():
-                self._active.take_out()
-                wanted.put_in()
+                take_out(self._active.swaps)
+                put_in(wanted.swaps, wanted.scale)
                 self._active = wanted
         self.role = role
 
@@ -284,15 +274,16 @@ class Model:
         identity = adapter_identity(folder)
         if identity not in self._adapted:
             with self._without_hooks():
-                self._active.take_out()
+                take_out(self._active.swaps)
                 try:
                     self._adapted[identity] = self._attached(folder, identity)
                 finally:
-                    self._active.put_in()
+                    put_in(self._active.swaps, self._active.scale)
         whole = self._adapted[identity]
         if scale == 1:
             return whole
-        return replace(whole, identity=f"{identity} x {scale!r}", dose=scaled(whole.swaps, scale, folder))
+        refuse_unscalable(whole.swaps, folder)
+        return replace(whole, identity=f"{identity} x {scale!r}", scale=scale)
 
     def _attached(self, folder: Path, identity: str) -> _Adapted:
         swaps = attach(self.hf, folder)
