@@ -1,16 +1,18 @@
 """Answers beside plain Hugging Face `generate`, beside the products alone, and many arms beside a loop of calls."""
 
 import contextlib
+import itertools
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import rim_core as rim
-from benchmarks.harness import Row, compare, in_turns
+from benchmarks.harness import Row, compare, in_turns, texts_of_length
 from rim_core.behaviour import generation
 from rim_core.models.padding import pad_left, shared_beginning
 from rim_core.texts import encode
@@ -44,6 +46,14 @@ def hugging_face(model: rim.Model, texts: Sequence[str], new: int) -> list[str]:
     return answers
 
 
+def both(model: rim.Model, texts: Sequence[str], new: int) -> dict[str, Callable[[], list[str]]]:
+    """The same answers, by each way."""
+    return {
+        "ours": lambda: rim.generate(model, texts, max_new_tokens=new),
+        "plain": lambda: hugging_face(model, texts, new),
+    }
+
+
 @torch.no_grad()
 def products(model: rim.Model, texts: Sequence[str], new: int) -> float:
     """Seconds of the products of the tokens that must be computed: what all prompts begin with once, the rest of each,
@@ -51,9 +61,9 @@ def products(model: rim.Model, texts: Sequence[str], new: int) -> float:
 
     A step's products are timed a few times, and counted as often as there are steps.
     """
-    layers = [module for layer in model.layout.layers for module in layer.modules()]
-    shapes = [(m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear) and hasattr(m, "quant_state")]
-    shapes = shapes or [(m.out_features, m.in_features) for m in layers if isinstance(m, nn.Linear)]
+    with model.bare():
+        modules = [module for layer in model.layout.layers for module in layer.modules()]
+        shapes = [(module.out_features, module.in_features) for module in modules if isinstance(module, nn.Linear)]
     weights = [torch.ones(*shape) for shape in shapes]
     head = torch.ones(model.layout.d_vocab, model.d_model)
 
@@ -74,15 +84,10 @@ def products(model: rim.Model, texts: Sequence[str], new: int) -> float:
 
 
 def of_length(model: rim.Model, n_tokens: int, count: int) -> list[str]:
-    """Chat prompts of nearly so many tokens, by going on with other prompts' words."""
-    everyday = [prompt.text for prompt in rim.load_prompts("everyday")]
-    empty = len(encode(model, rim.format_chat(model, ["Go."]))[0])
-    texts = []
-    for number in range(count):
-        words = " ".join(everyday[(number + i) % len(everyday)] for i in range(n_tokens))
-        own = model.tokenizer(words, add_special_tokens=False).input_ids[: max(1, n_tokens - empty)]
-        texts.append(model.tokenizer.decode(own))
-    return rim.format_chat(model, texts)
+    """Chat prompts of so many tokens, the template's own among them."""
+    (asked,) = texts_of_length(model.tokenizer, 1, 1)
+    template = len(encode(model, rim.format_chat(model, [asked]))[0]) - 1
+    return rim.format_chat(model, texts_of_length(model.tokenizer, n_tokens - template, count))
 
 
 def headline(model: rim.Model, repeats: int, n: int = 80, short: int = 32, long: int = 128) -> list[Row]:
@@ -91,10 +96,7 @@ def headline(model: rim.Model, repeats: int, n: int = 80, short: int = 32, long:
     rows = []
     with endless(model):
         for new, target in ((short, SHORT_TARGET), (long, LONG_TARGET)):
-            works = {
-                "ours": lambda new=new: rim.generate(model, texts, max_new_tokens=new),
-                "plain": lambda new=new: hugging_face(model, texts, new),
-            }
+            works = both(model, texts, new)
             least: list[float] = []
             limit = lambda least=least, new=new: least.append(products(model, texts, new))  # noqa: E731
             times = in_turns({**works, "limit": limit}, repeats)
@@ -104,11 +106,7 @@ def headline(model: rim.Model, repeats: int, n: int = 80, short: int = 32, long:
             rows.append(compare("decoding", case, PEER, times["ours"], times["plain"], **options))
             options = {"speed_up": False, "target": LIMIT_TARGET, "at_least": False}
             rows.append(compare("decoding", case, "arithmetic limit", times["ours"], least[1:], **options))
-    works = {
-        "ours": lambda: rim.generate(model, texts, max_new_tokens=long),
-        "plain": lambda: hugging_face(model, texts, long),
-    }
-    times = in_turns(works, max(1, repeats // 2))
+    times = in_turns(both(model, texts, long), max(1, repeats // 2))
     case = f"{n} chat prompts, up to {long} new tokens, each to its own end"
     return [*rows, compare("decoding", case, PEER, times["ours"], times["plain"])]
 
@@ -121,26 +119,16 @@ def table(
     heads = random.Random(0).sample(cells, min(N_HEADS, len(cells)))
     reference = rim.capture(model, of_length(model, prompts[0], 8), "head_z", positions="all")
     rows = []
-    for length in prompts:
-        for batch in batches:
-            texts = of_length(model, length, batch)
-            for n in new:
-                for ablated in (False, True):
-
-                    def within(ablated: bool = ablated) -> contextlib.AbstractContextManager[object]:
-                        if not ablated:
-                            return contextlib.nullcontext()
-                        return rim.ablate(model, heads=heads, mode="mean", reference=reference)
-
-                    works = {
-                        "ours": lambda texts=texts, n=n: rim.generate(model, texts, max_new_tokens=n),
-                        "plain": lambda texts=texts, n=n: hugging_face(model, texts, n),
-                    }
-                    with endless(model), within():
-                        times = in_turns(works, 1, warm=False)
-                    what = f", {len(heads)} heads ablated" if ablated else ""
-                    case = f"batch {batch}, prompts of {length} tokens, {n} new{what}"
-                    rows.append(compare("cells", case, PEER, times["ours"], times["plain"], target=1.0))
+    for length, batch, n, ablated in itertools.product(prompts, batches, new, (False, True)):
+        texts = of_length(model, length, batch)
+        within: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if ablated:
+            within = rim.ablate(model, heads=heads, mode="mean", reference=reference)
+        with endless(model), within:
+            times = in_turns(both(model, texts, n), 1, warm=False)
+        what = f", {len(heads)} heads ablated" if ablated else ""
+        case = f"batch {batch}, prompts of {length} tokens, {n} new{what}"
+        rows.append(compare("cells", case, PEER, times["ours"], times["plain"], target=1.0))
     return rows
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import rim_core as rim
+from benchmarks.decoding import PEER, both, endless
 from benchmarks.harness import Row, compare, in_turns, relative
 from rim_core.models.batching import batches
 from rim_core.models.padding import pad_left
@@ -27,22 +28,12 @@ def ablated(model: rim.Model, repeats: int, batch: int = 16, new_tokens: int = 4
     cells = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     heads = random.Random(0).sample(cells, min(N_HEADS, len(cells)))
     inputs = pad_left(encode(model.tokenizer, texts), model.tokenizer.pad_token_id, model.device)
-    options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    options |= {"max_new_tokens": new_tokens, "pad_token_id": model.tokenizer.pad_token_id}
 
     def ablation() -> AbstractContextManager[Any]:
         return rim.ablate(model, heads=heads, mode="mean", reference=texts)
 
-    # Without an end-of-text token both sides run the same number of steps.
-    ends, model.hf.generation_config.eos_token_id = model.hf.generation_config.eos_token_id, None
-    try:
-        works: dict[str, Callable[[], object]] = {
-            "ours": lambda: rim.generate(model, texts, max_new_tokens=new_tokens),
-            "plain": lambda: model.hf.generate(**inputs, **options),
-        }
-        times = in_turns(works, repeats, within={"ours": ablation})
-    finally:
-        model.hf.generation_config.eos_token_id = ends
+    with endless(model):
+        times = in_turns(both(model, texts, new_tokens), repeats, within={"ours": ablation})
     with ablation():
         found = model.hf(**inputs, use_cache=False, logits_to_keep=1).logits
     with _means_by_hand(model, texts, heads):
@@ -51,7 +42,7 @@ def ablated(model: rim.Model, repeats: int, batch: int = 16, new_tokens: int = 4
         compare(
             "generation",
             f"{len(heads)} heads at their mean, batch of {batch}, {new_tokens} new tokens",
-            "plain Hugging Face generate",
+            PEER,
             times["ours"],
             times["plain"],
             target=GENERATION_TARGET,

@@ -68,8 +68,8 @@ def test_answers_beside_hugging_face_and_arms_beside_a_loop_are_the_same(tiny):
     cells = decoding.table(tiny, (1, 2), (40,), (2,))
     assert len(cells) == 4
     assert all(math.isfinite(row.ratio) and row.ratio > 0 for row in rows + cells)
-    # A cut word may be read as other tokens.
-    assert all(abs(len(row) - 40) < 10 for row in tiny.tokenizer(decoding.of_length(tiny, 40, 3)).input_ids)
+    # Joined to the template, a text's first or last word may be read as one token more or less.
+    assert all(abs(len(row) - 40) <= 1 for row in tiny.tokenizer(decoding.of_length(tiny, 40, 3)).input_ids)
 
 
 def test_the_arithmetic_limit_counts_tokens_above_the_patch(tiny):
