@@ -12,6 +12,7 @@ from tiny import TEXTS, write_model
 import rim_core as rim
 from rim_core.behaviour import generation
 from rim_core.errors import InputError
+from rim_core.models import small_passes
 from rim_core.models.decoding import groups
 from rim_core.models.hooks import Edit, MaskEdit, editing
 
@@ -19,6 +20,12 @@ from rim_core.models.hooks import Edit, MaskEdit, editing
 KINDS = [("llama", None), ("gpt2", None), ("gemma2", None), ("qwen3_moe", None), ("llama", "nf4")]
 every_kind = pytest.mark.parametrize(("family", "quantization"), KINDS)
 SYSTEM = "You answer in a few plain words and stay on the topic."
+
+
+@pytest.fixture(autouse=True)
+def small_modules_count(monkeypatch):
+    """The tiny models' weights are laid out too."""
+    monkeypatch.setattr(small_passes, "_SMALL", 0)
 
 
 def chat(model, n=12, system=None):
@@ -508,6 +515,14 @@ def test_progress_is_told_by_tokens(monkeypatch):
     with small_memory(model, lambda rows, slots: rows > 2):
         rim.generate(model, texts, max_new_tokens=7, arms=[None, rim.steer(model, some(model.d_model), 1)])
     assert [(bar.done, bar.total, bar.unit) for bar in bars] == [(35, 35, "token"), (70, 70, "token")]
+
+
+@pytest.mark.parametrize(("n", "new", "held"), [(2, 5, False), (2, 6, True), (7, 1, False), (12, 1, True)])
+def test_weights_are_laid_out_where_passes_are_many(n, new, held, monkeypatch):
+    model, calls = load_tiny("llama"), []
+    monkeypatch.setattr(generation, "laid_out", lambda hf: calls.append(1) or contextlib.nullcontext())
+    rim.generate(model, chat(model, n), max_new_tokens=new, max_batch=2)
+    assert bool(calls) == held
 
 
 def test_int8_answers_one_prompt_as_hugging_faces_loop_does():

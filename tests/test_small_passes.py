@@ -9,7 +9,7 @@ from plain import assert_close, plain_model, some
 from tiny import TEXTS
 
 from rim_core.models import small_passes as module
-from rim_core.models.small_passes import small_passes
+from rim_core.models.small_passes import laid_out, one_query
 
 
 def step(model, rows):
@@ -29,10 +29,19 @@ def test_a_step_has_the_model_s_numbers(family, quantization, rows, monkeypatch)
     model = load_tiny(family, quantization)
     monkeypatch.setattr(module, "_SMALL", 0)
     wanted, attention = step(model, rows), model.hf.config._attn_implementation
-    with small_passes(model.hf):
-        held = [one for one in model.hf.modules() if "forward" in vars(one)]
-        assert bool(held) == (family != "gpt2" or quantization is not None) or model.layout.lm_head in held
+    fused, queries = module.sdpa_attention_forward, []
+
+    def noted(attending, query, *args, **options):
+        queries.append(query.shape[2])
+        return fused(attending, query, *args, **options)
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", noted)
+    with laid_out(model.hf), one_query(model.hf):
+        held = {type(one).__name__ for one in model.hf.modules() if "forward" in vars(one)}
+        assert held == ({"Linear", "Linear4bit"} if quantization else {"Linear"})
         assert_close(step(model, rows), wanted, 1e-5)
+    assert 1 not in queries
+    assert bool(queries) == (attention == "sdpa" and family != "falcon")  # which attends by a way of its own
     assert not any("forward" in vars(one) for one in model.hf.modules())
     assert model.hf.config._attn_implementation == attention
 
@@ -56,7 +65,7 @@ def test_a_step_has_the_numbers_of_the_adapter_now_active(tmp_path, quantization
     for dose in doses:
         with model.using(tmp_path, scale=dose):
             wanted = step(model, 3)
-            with small_passes(model.hf):
+            with laid_out(model.hf), one_query(model.hf):
                 held = [one for one in model.hf.modules() if "forward" in vars(one) and hasattr(one, "lora_A")]
                 assert bool(held) == ("use_dora" not in options and "lora_bias" not in options)
                 assert_close(step(model, 3), wanted, 1e-5)
@@ -72,7 +81,7 @@ def test_large_passes_are_the_model_s_own_bit_for_bit(monkeypatch):
     ids = torch.tensor([model.tokenizer(TEXTS[1]).input_ids])
     with torch.no_grad():
         wanted = model.hf(ids).logits
-        with small_passes(model.hf):
+        with laid_out(model.hf), one_query(model.hf):
             assert torch.equal(model.hf(ids).logits, wanted)
 
 
@@ -87,7 +96,7 @@ def test_where_weights_may_not_be_held_nothing_changes(why, monkeypatch):
     else:
         monkeypatch.setattr(down, "forward", lambda x: type(down).forward(down, x))
     mine = vars(down).get("forward")
-    with small_passes(model.hf):
+    with laid_out(model.hf), one_query(model.hf):
         held = [one for one in model.hf.modules() if "forward" in vars(one)]
         assert vars(down).get("forward") is mine
         assert (down in held) == (why == "wrapped")

@@ -1,5 +1,6 @@
 """What a model says: greedy answers, side by side. Whether one refuses is in `rates`, and who judges in `judges`."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -15,7 +16,7 @@ from rim_core.models.decoding import Decoder, Row, groups
 from rim_core.models.hooks import Edit, Frame, MaskEdit, editing, refuse_short
 from rim_core.models.model import Model
 from rim_core.models.padding import pad_left, shared_beginning
-from rim_core.models.small_passes import small_passes
+from rim_core.models.small_passes import laid_out, one_query
 from rim_core.texts import checked, encode
 from rim_core.thoughts import decode, open_thought
 
@@ -30,6 +31,7 @@ _GREEDY: dict[str, Any] = {
     "top_p": None,
     "top_k": None,
 }
+_MANY_PASSES = 6
 # Settings of a checkpoint that change which token is greedy: then Hugging Face's own loop answers.
 _CHOOSING = (
     *("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id"),
@@ -192,11 +194,16 @@ class _Loop:
         """Answer all rows, at most `limit` side by side."""
         made = merged(self._edits, lambda: self._by_arm) if len(self._edits) > 1 else self._edits[0]
         try:
-            with editing(self._model, made), small_passes(self._model.hf):
+            with editing(self._model, made), one_query(self._model.hf), self._weights(limit):
                 while self._wait():
                     limit = self._answer(limit)
         finally:
             self._model.frame = None
+
+    def _weights(self, limit: int) -> contextlib.AbstractContextManager[None]:
+        """Weights laid out, where there are passes enough to pay for it."""
+        passes = self._most * -(-len(self._rows) // limit)
+        return laid_out(self._model.hf) if passes >= _MANY_PASSES else contextlib.nullcontext()
 
     def _wait(self) -> bool:
         """Whether rows wait; the longest come first, so that later ones are no longer than those that are there."""

@@ -32,7 +32,7 @@ from rim_core.models.decoding import Decoder, Row
 from rim_core.models.hooks import reading
 from rim_core.models.layout import Layout, head_outputs
 from rim_core.models.padding import outgrows_window, pad_left, padded_left, padded_right
-from rim_core.models.small_passes import small_passes
+from rim_core.models.small_passes import one_query
 from rim_core.texts import encode, window
 
 # Two prompts of unequal length, so that the shorter one is padded.
@@ -210,7 +210,7 @@ def _in_place_error(hf: Any, layout: Layout, ids: list[list[int]], pad: int, dev
     wanted = layout.logits(states)
     steps = min(_STEPS, len(rest) - 1)
     short, long = Row(whole[: len(beginning) + 1]), Row(whole[: len(whole) - steps])
-    with small_passes(hf):
+    with one_query(hf):
         decoder = Decoder(layout, pad, device, capacity=2, longest=len(whole), beginning=beginning)
         found = [(short, decoder.enter([short])), (long, decoder.enter([long]))]
         worst = max(_largest(logits, [wanted[len(row.tokens) - 1]]) for row, logits in found)

@@ -26,35 +26,46 @@ _ATTENTION = "one_query"
 
 
 @contextlib.contextmanager
-def small_passes(hf: Any) -> Iterator[None]:
-    """Within the context float32 and 4-bit linear modules on the CPU hold their weights laid out for small passes, and
-    a model that attends by "sdpa" does so by plain products where there is one query.
+def laid_out(hf: Any) -> Iterator[None]:
+    """Within the context float32 and 4-bit linear modules on the CPU hold their weights laid out for small passes.
 
-    Weights only where these take at most a quarter of the free memory. Elsewhere, and in modules whose forward someone
-    has wrapped, nothing changes.
+    Only where these take at most a quarter of the free memory. Elsewhere, and in modules whose forward someone has
+    wrapped, nothing changes. Laying them out costs about as much as three passes.
 
     Args:
         hf: the Hugging Face model, with the adapter that is to be run.
     """
     modules: list[Any] = []
     if torch.backends.mkldnn.is_available():
-        adapted = [module for module in hf.modules() if _is_plain_lora(module) and _may_be_held(module.base_layer)]
+        adapted = [module for module in hf.modules() if _lora(module) and _may_be_held(module.base_layer)]
         inside = {id(module.base_layer) for module in adapted}
         modules = adapted + [module for module in hf.modules() if id(module) not in inside and _may_be_held(module)]
     size = sum(4 * module.in_features * module.out_features for module in modules)
     if size > psutil.virtual_memory().available / 4:
         modules = []
-    attention = hf.config._attn_implementation
     try:
-        if attention == "sdpa" and hf.get_input_embeddings().weight.device.type == "cpu":
-            hf.set_attn_implementation(_ATTENTION)
         for module in modules:
-            laid_out = torch.ops.mkldnn._reorder_linear_weight(_weight(module), _TYPICAL)
-            module.forward = partial(_product, module, laid_out)
+            weight = torch.ops.mkldnn._reorder_linear_weight(_weight(module), _TYPICAL)
+            module.forward = partial(_product, module, weight)
         yield
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def one_query(hf: Any) -> Iterator[None]:
+    """Within the context a model on the CPU that attends by "sdpa" does so by plain products where there is one query.
+
+    Args:
+        hf: the Hugging Face model.
+    """
+    attention = hf.config._attn_implementation
+    try:
+        if attention == "sdpa" and hf.get_input_embeddings().weight.device.type == "cpu":
+            hf.set_attn_implementation(_ATTENTION)
+        yield
+    finally:
         if hf.config._attn_implementation != attention:
             hf.set_attn_implementation(attention)
 
@@ -74,24 +85,20 @@ def _may_be_held(module: Any) -> bool:
     )
 
 
-def _is_plain_lora(module: Any) -> bool:
-    """Whether a module adds the product of two matrices to a linear one, and nothing else."""
+def _lora(module: Any) -> str | None:
+    """The name of the LoRA, where a module adds the product of two matrices to a linear one, and nothing else."""
     if not hasattr(module, "lora_A") or not hasattr(module, "get_delta_weight") or "forward" in module.__dict__:
-        return False
+        return None
     active = [name for name in module.active_adapters if name in module.lora_A]
-    return (
-        not (module.training or module.merged or module.disable_adapters or module.lora_variant)
-        and len(active) == 1
-        and type(module.lora_A[active[0]]) is nn.Linear
-        and module.lora_B[active[0]].bias is None
-        and module.lora_B[active[0]].weight.dtype == torch.float32
-    )
+    if len(active) != 1 or module.training or module.merged or module.disable_adapters or module.lora_variant:
+        return None
+    into, out = module.lora_A[active[0]], module.lora_B[active[0]]
+    return active[0] if type(into) is nn.Linear and out.bias is None and out.weight.dtype == torch.float32 else None
 
 
 def _weight(module: Any) -> Tensor:
-    if hasattr(module, "lora_A"):
-        (active,) = (name for name in module.active_adapters if name in module.lora_A)
-        return _weight(module.base_layer) + module.get_delta_weight(active).detach()
+    if name := _lora(module):
+        return _weight(module.base_layer) + module.get_delta_weight(name).detach()
     if type(module) is nn.Linear:
         return module.weight.detach()
     from bitsandbytes.functional import dequantize_4bit
