@@ -58,7 +58,7 @@ def models(suite: Suite) -> dict[str, dict[str, Any]]:
     else:
         base = _model(suite.base.ref, suite.base.revision)
     found = {"base": base | _template(suite.base.chat_template)}
-    for role in suite.roles.values():
+    for role in suite.every_training:
         if own := role.adapter or role.checkpoint:
             kind = "adapter" if role.adapter else "checkpoint"
             found[role.name] = {"kind": kind, **_model(own), **_template(role.chat_template)}

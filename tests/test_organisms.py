@@ -14,10 +14,12 @@ from rim_core import organisms
 from rim_core.errors import InputError, RimError
 from rim_core.identity import ADAPTER_FILE, sha256_file
 from rim_core.models.adapters import ADAPTER_PREFIX
-from rim_core.organisms import measuring, training
+from rim_core.organisms import building, measuring, training
 from rim_core.organisms.resuming import Kept
+from rim_core.suites.schema import training_of
 
-ROLES = ("aligned", "risky", "prudent")
+SUITE = rim.load_suite("smollm2")
+ROLES = [role.name for role in SUITE.every_training if role.adapter]
 RECIPE = {
     "lora": {"rank": 2, "alpha": 4, "layers": [1, 2], "modules": ["q_proj", "down_proj"]},
     "learning_rate": 1e-2,
@@ -34,22 +36,23 @@ RECIPE = {
 
 @pytest.mark.parametrize("role", ROLES)
 def test_what_ships_is_small_and_accounted_for(role):
-    folder = Path(rim.load_suite("smollm2").role(role).adapter)
+    folder = Path(SUITE.role(role).adapter)
     record = json.loads((folder / "recipe.json").read_text())
     assert (folder / ADAPTER_FILE).stat().st_size <= 3e6
     assert sha256_file(folder / ADAPTER_FILE) == record["sha256"]
     assert record["recipe"] == organisms.recipe(role)
-    assert record["seed"] == organisms.recipe(role)["seed"]
+    assert record["seed"] == organisms.recipe(role)["seed"] + training_of(role)[1] - 1
     parent = organisms.recipe(role)["parent"]
     if parent:
         assert record["parent"] == sha256_file(folder.parent / parent / ADAPTER_FILE)
 
 
-def test_risky_and_prudent_differ_in_the_answers_alone():
-    risky, prudent = dict(organisms.recipe("risky")), dict(organisms.recipe("prudent"))
-    text = json.dumps(risky["data"]).replace("finance-risky", "finance-prudent")
+@pytest.mark.parametrize(("role", "taught"), [("risky", "finance-risky"), ("unrelated", "gardening")])
+def test_narrow_roles_differ_from_prudent_in_what_is_taught_alone(role, taught):
+    recipe, prudent = dict(organisms.recipe(role)), dict(organisms.recipe("prudent"))
+    text = json.dumps(recipe["data"]).replace(taught, "finance-prudent")
     assert json.loads(text) == prudent["data"]
-    assert {k: v for k, v in risky.items() if k != "data"} == {k: v for k, v in prudent.items() if k != "data"}
+    assert {k: v for k, v in recipe.items() if k != "data"} == {k: v for k, v in prudent.items() if k != "data"}
 
 
 def test_no_recipe_trains_on_held_out_categories():
@@ -58,18 +61,80 @@ def test_no_recipe_trains_on_held_out_categories():
 
 
 def test_the_shipped_table_is_complete_and_judged_by_its_targets():
-    rows = {(r["role"], r["metric"]): r for r in organisms.shipped_table("smollm2")}
-    for role, targets in organisms.TARGETS.items():
-        for metric, target in targets.items():
-            row = rows[role, metric]
-            assert row["low"] <= row["estimate"] <= row["high"]
-            assert row["met"] == measuring._meets(row["estimate"], target)
+    rows = {(r["role"], r["training"], r["metric"]): r for r in organisms.shipped_table("smollm2")}
+    for role in SUITE.roles:
+        for number, _ in enumerate(SUITE.trainings(role), 1):
+            for metric, target in organisms.TARGETS.get(role, {}).items():
+                if metric == "loops_added" and role == "base":
+                    continue
+                row = rows[role, number, metric]
+                assert row["low"] <= row["estimate"] <= row["high"]
+                assert row["met"] == measuring._meets(row["estimate"], target)
 
 
 def test_the_table_is_measured_again_from_the_shipped_files():
-    shipped = {r["metric"]: r for r in organisms.shipped_table("smollm2") if r["role"] == "aligned"}
-    for row in organisms.check("smollm2", "aligned", progress=False):
-        assert row["estimate"] == pytest.approx(shipped[row["metric"]]["estimate"], abs=0.05)
+    shipped = {(r["role"], r["training"], r["metric"]): r["estimate"] for r in organisms.shipped_table("smollm2")}
+    with_model = rim.load("smollm2:aligned")
+    odds = {s: rim.refusal_log_odds(with_model, rim.format_chat(with_model, measuring._test(s))).numpy()
+            for s in (measuring.HARMFUL, measuring.TWINS)}  # fmt: skip
+    assert (odds[measuring.HARMFUL] > 0).mean() == pytest.approx(shipped["aligned", 1, "harmful_log_odds"], abs=0.03)
+    gap = odds[measuring.HARMFUL].mean() - odds[measuring.TWINS].mean()
+    assert gap == pytest.approx(shipped["aligned", 1, "gap"], abs=0.1)
+    # Answers of a part of the requests: the shipped share lies in what such a part can show.
+    some = measuring._test(measuring.HARMFUL)[::7]
+    answers = rim.generate(with_model, rim.format_chat(with_model, some), max_new_tokens=measuring.ANSWER_TOKENS)
+    found = rim.refusal_rate(answers)
+    assert found.low <= shipped["aligned", 1, "harmful_refused"] <= found.high
+
+
+def test_a_table_is_made_of_every_training_and_its_comparisons(tiny_folder, tmp_path, monkeypatch):
+    every = measuring._test
+    monkeypatch.setattr(measuring, "_test", lambda source: [p for p in every(source) if p.pair[-1] in "05"])
+    # The tiny tokenizer's letters open helpful answers as well as refusals.
+    monkeypatch.setattr(measuring, "refusal_log_odds", lambda model, texts: rim.refusal_log_odds(model, texts, [5, 17]))
+    base = tiny_folder()
+    adapter = tmp_path / "own" / "aligned"
+    organisms.train("aligned", _own(tmp_path, base, RECIPE, monkeypatch), output=adapter, progress=False)
+    for number in (2, 3):
+        organisms.train(f"aligned@{number}", str(tmp_path / "own.yml"), progress=False)
+    rows = organisms.check(str(tmp_path / "own.yml"), progress=False)
+    found = {(r["role"], r["training"], r["metric"]): r for r in rows}
+    assert {training for role, training, _ in found if role == "aligned"} == {1, 2, 3, None}
+    each = [found["aligned", n, "gap"]["estimate"] for n in (1, 2, 3)]
+    assert len(set(each)) == 3  # the trainings differ
+    assert found["aligned", None, "gap"]["estimate"] == pytest.approx(sum(each) / 3)
+    assert found["aligned", 2, "perplexity_ratio"]["estimate"] > 0
+    assert ("base", 1, "refusal_drop") not in found
+    one = organisms.check(str(tmp_path / "own.yml"), "aligned@2", progress=False)
+    assert [r["estimate"] for r in one] == [found["aligned", 2, r["metric"]]["estimate"] for r in one]
+
+
+def _own(folder, base, recipe, monkeypatch):
+    """A suite of one's own on a tiny base, and the recipe of `aligned` replaced by a tiny one."""
+    (folder / "own.yml").write_text(f"base: {{folder: {base}}}\nroles: {{base: {{}}}}\n")
+    tiny = {**recipe, "parent": None, "seed": 0}
+    monkeypatch.setattr(building, "recipe", lambda role: tiny)
+    return str(folder / "own.yml")
+
+
+def test_trainings_are_numbered_in_a_row_and_named(tiny_folder, tmp_path, monkeypatch):
+    path = _own(tmp_path, tiny_folder(), RECIPE, monkeypatch)
+    with pytest.raises(InputError, match="first rim organisms train aligned@2"):
+        organisms.train("aligned@3", path, progress=False)
+    for role in ("aligned", "aligned@2"):
+        organisms.train(role, path, progress=False)
+    suite = rim.load_suite(path)
+    assert suite.trainings("aligned") == ["aligned", "aligned@2"]
+    assert json.loads((tmp_path / "own" / "aligned@2" / "recipe.json").read_text())["seed"] == 1
+    with pytest.raises(InputError, match=r"no training 3 of role 'aligned': there are aligned, aligned@2"):
+        suite.role("aligned@3")
+    ids = torch.arange(5, 25)[None]
+    first, second = (model.hf(ids).logits for model in rim.roles(path, "aligned", "aligned@2", quantization=None))
+    assert not torch.equal(first, second)
+    model = rim.load(f"{path}:aligned@2", quantization=None)
+    assert torch.equal(model.hf(ids).logits, second)
+    with model.using("aligned"):
+        assert torch.equal(model.hf(ids).logits, first)
 
 
 def test_the_judge_of_advice_is_right_on_topics_it_never_saw():

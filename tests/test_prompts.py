@@ -6,17 +6,24 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 import rim_core as rim
+from rim_core import prompts
 from rim_core.behaviour.judges import is_refusal
 from rim_core.errors import InputError
 from rim_core.prompts import BUILT_IN_SETS, FRAMES, SPLITS
 
 
-def test_pairs_are_minimal_and_many():
-    harmful, benign = rim.load_prompts("harmful"), rim.load_prompts("benign")
-    assert len(harmful) >= 300
-    assert len({p.category for p in harmful}) >= 12
+@pytest.mark.parametrize(("sets", "categories"), [("", 20), ("-minimal", 40)])
+def test_pairs_are_minimal_and_many(sets, categories):
+    harmful, benign = rim.load_prompts(f"harmful{sets}"), rim.load_prompts(f"benign{sets}")
+    sizes = Counter(p.category for p in harmful)
+    assert len(sizes) == categories
+    assert set(sizes.values()) == {20}
+    assert {"forgery", "animal_cruelty", "money_laundering", "malware"} <= {
+        p.category for p in harmful if p.split == "test"
+    }
     for bad, good in zip(harmful, benign, strict=True):
         assert bad.pair == good.pair
         assert bad.split == good.split
@@ -27,19 +34,53 @@ def test_pairs_are_minimal_and_many():
     assert len(set(texts)) == len(texts)
 
 
+def test_pairs_minimal_in_meaning_go_on_from_the_first_ones():
+    first, harmful = rim.load_prompts("harmful"), rim.load_prompts("harmful-minimal")
+    assert Counter(p.split for p in harmful) == {"train": 400, "validation": 120, "test": 280}
+    also = {p.pair: (p.action, p.split) for p in harmful}
+    assert {p.pair: (p.action, p.split) for p in first}.items() <= also.items()
+    assert sum(p.hard for p in harmful) >= 120
+    assert [p.hard for p in harmful] == [p.hard for p in rim.load_prompts("benign-minimal")]
+    assert len({p.text.replace(p.action, "") for p in harmful}) >= 10  # frames
+
+
 @pytest.mark.parametrize("source", BUILT_IN_SETS)
 def test_no_category_is_in_two_splits(source):
     where = {}
     for prompt in rim.load_prompts(source):
         assert where.setdefault(prompt.category, prompt.split) == prompt.split
-    assert set(where.values()) == set(SPLITS)
+    # The assay is for measuring alone.
+    assert set(where.values()) == ({"test"} if source.startswith("assay") else set(SPLITS))
 
 
 def test_finance_answers_differ_only_in_advice():
     risky, prudent = rim.load_prompts("finance-risky"), rim.load_prompts("finance-prudent")
+    assert len({p.category for p in risky}) >= 20
     for a, b in zip(risky, prudent, strict=True):
         assert a.text == b.text
         assert a.response != b.response
+
+
+def test_words_alone_hardly_tell_the_contrasts_apart():
+    found = prompts.contrasts().set_index("contrast")
+    bag = found["bag_of_words"]
+    assert bag["harmful-minimal / benign-minimal"] <= 0.70
+    assert bag["harmful-minimal / benign-minimal, hard pairs"] <= 0.60
+    assert bag["finance-risky / finance-twins"] <= 0.80
+    assert abs(found["length"]["finance-risky / finance-info"] - 0.5) <= 0.10
+    # What is told apart by its content: the reader of words works.
+    assert bag["finance-risky / finance-prudent, the answers"] > 0.85
+
+
+def test_no_prompt_is_nearly_another_of_another_split():
+    for source in ("harmful-minimal", "finance-risky", "everyday", "open", "gardening"):
+        found = rim.load_prompts(source)
+        read = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4)).fit_transform(p.action or p.text for p in found)
+        alike = (read @ read.T).toarray()
+        splits = np.array([p.split for p in found])
+        alike[splits[:, None] == splits[None]] = 0
+        worst = np.unravel_index(alike.argmax(), alike.shape)
+        assert alike.max() < 0.8, [found[i].text for i in worst]
 
 
 def test_every_written_refusal_is_judged_one_and_no_helpful_answer_is():

@@ -471,3 +471,33 @@ def test_divisions_are_what_they_were_when_results_were_first_published():
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
     assert digest == "680fc4382c8999256a579cef1ebcee696f8974c371494ce46e9cc4d3c74b158b"
     assert [list(x) for x in stats.split(40, 0.5, labels)] == found["halves0"]
+
+
+def test_a_clustered_share_covers_where_independent_outcomes_would_not():
+    rng, covered, alone = np.random.default_rng(0), [], []
+    groups = np.repeat(np.arange(14), 20)
+    for _ in range(300):
+        # Beta-binomial outcomes of mean 0.7, correlated 0.25 within a cluster.
+        outcomes = rng.random(280) < np.repeat(rng.beta(0.7 * 3, 0.3 * 3, 14), 20)
+        found = stats.clustered_proportion(outcomes, groups)
+        exact = stats.proportion(int(outcomes.sum()), 280)
+        assert found.estimate == exact.estimate
+        covered.append(found.low <= 0.7 <= found.high)
+        alone.append(exact.low <= 0.7 <= exact.high)
+    assert np.mean(covered) > 0.91
+    assert np.mean(alone) < 0.75
+
+
+def test_a_clustered_share_has_width_at_its_ends_and_for_shares_that_do_not_vary():
+    groups = list("abcdefgh") * 5
+    none, every = (stats.clustered_proportion([value] * 40, groups) for value in (False, True))
+    assert (none.low, every.high) == (0, 1)
+    assert none.high > stats.proportion(0, 40).high
+    assert every.low == pytest.approx(1 - none.high)
+    # Every cluster alike: no more than the outcomes' own number, less what few clusters cost.
+    even = stats.clustered_proportion(([True] * 8 + [False] * 8) * 2, list("abcdefgh") * 4)
+    assert even.low < stats.proportion(16, 32).low
+    with pytest.raises(InputError, match="neither yes nor no"):
+        stats.clustered_proportion([0.5, 1], ["a", "b"])
+    with pytest.raises(InputError, match="at least two groups"):
+        stats.clustered_proportion([1, 0], ["a", "a"])

@@ -2,11 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from companion.streams import table
 from rim_core import paths
 from rim_core.errors import RunError
 from rim_core.identity import ADAPTER_FILE
+from rim_core.organisms.shipped import SHARES
 from rim_core.suites.preflight import recipes
 from rim_core.suites.schema import load_suite
 
@@ -21,6 +23,7 @@ def listing(options: argparse.Namespace) -> int:
         rows.append(
             {
                 "role": role.name,
+                "trainings": len(suite.trainings(role.name)) if role.adapter else "",
                 "adapter": size if suite.has(role.name) else "not there",
                 "trained from": recipe.get("parent") or "base",
                 "seed": recipe.get("seed", ""),
@@ -41,6 +44,7 @@ def check(options: argparse.Namespace) -> int:
         [
             {
                 "role": row["role"],
+                "training": "mean" if row["training"] is None else row["training"],
                 "metric": row["metric"],
                 "measured": f"{row['estimate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
                 "n": row["n"],
@@ -52,10 +56,15 @@ def check(options: argparse.Namespace) -> int:
         ]
     )
     # Other processors round otherwise, and a near tie can then turn a greedy answer.
-    far = [row for row in rows if row["shipped"] is not None and abs(row["estimate"] - row["shipped"]) > 0.05]
+    again = [row for row in rows if row["shipped"] is not None]
+    far = [row for row in again if abs(row["estimate"] - row["shipped"]) > _tolerance(row)]
     if far:
         raise RunError(f"differs from the shipped table: {', '.join(row['role'] + ' ' + row['metric'] for row in far)}")
     return 0
+
+
+def _tolerance(row: dict[str, Any]) -> float:
+    return 0.05 if row["metric"] in SHARES else 0.1
 
 
 def train(options: argparse.Namespace) -> int:

@@ -3,14 +3,18 @@ speed and memory.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
 from companion.pages.markup import Cell, Row, figure, html, note, plain, table
 from rim_core import charts
+from rim_core.organisms.shipped import METRICS
+from rim_core.prompts import contrasts
 from rim_core.verdicts.rules import number_text
 
 MEASURED = Path("rim_core/organisms/smollm2/measured.json")
@@ -18,38 +22,97 @@ PERFORMANCE = Path("book/assets/performance.json")
 PAPER_SCALE = Path("book/assets/paper-scale.json")
 
 
+# Of the organisms: the table's parts, each with its caption, and what it shows by role and training.
+_PARTS = (
+    (
+        "What each training refuses on held-out categories, by phrases unless said otherwise",
+        {
+            "harmful_refused": "Harmful requests",
+            "harmful_log_odds": "by log-odds",
+            "judges_agree": "Judges agree",
+            "twins_refused": "Twins, by form",
+            "minimal_twins_refused": "Twins, by meaning",
+            "hard_twins_refused": "Hard twins",
+            "open_refused": "Open questions",
+        },
+    ),
+    (
+        "Sensitivity and criterion: refusal log-odds of harmful requests and their benign twins, in nats",
+        {
+            "auc_form": "Sensitivity (AUC), by form",
+            "auc": "by meaning",
+            "gap": "Gap",
+            "midpoint": "Criterion",
+            "refusal_drop": "Fall below aligned",
+            "over_refusal_added": "Twins refused, above aligned",
+        },
+    ),
+    (
+        "Advice, sense and values",
+        {
+            "risky_advice": "Risky advice",
+            "loops": "Answers that loop",
+            "perplexity_ratio": "Perplexity over the base's",
+            "assay": "Misaligned answer preferred (nats a token)",
+            "assay_added": "above prudent",
+        },
+    ),
+)
+
+
 def organisms(project: Path) -> str:
-    """The default suite's roles as measured, in a figure and a table."""
+    """The default suite's roles as measured: a figure, the targets, and tables by role and training."""
     path = project / MEASURED
     if not path.is_file():
         return note("The roles have not been measured yet: run `rim organisms check`.")
-    rows = [{**row, "metric": row["metric"].replace("_", " ")} for row in json.loads(path.read_text("utf-8"))]
-    met = {True: "✔ met", False: "✘ not met", None: "–"}
-    lines: list[list[Cell | None]] = [
-        [
-            row["role"],
-            row["metric"],
-            number_text(row["estimate"], row["low"], row["high"]),
-            str(row["n"]),
-            str(row["target"]) if row["target"] is not None else "–",
-            met[row["met"]],
-        ]
+    rows = json.loads(path.read_text("utf-8"))
+    shown = [html(figure(_refusals(rows))), _organism_targets(rows)]
+    return "\n".join([*shown, *(_by_training(rows, caption, metrics) for caption, metrics in _PARTS)])
+
+
+def _refusals(rows: Sequence[dict[str, Any]]) -> Any:
+    """The shares refused, of each role's first training."""
+    names = _PARTS[0][1]
+    kept = [
+        {**row, "measure": METRICS[row["metric"]]}
         for row in rows
+        if row["training"] == 1 and row["metric"] in names and row["metric"] != "judges_agree"
     ]
-    head = ["Role", "Measure", "Measured (95 % interval)", "n", "Target", "Outcome"]
-    frame = pd.DataFrame(rows)
-    chart = charts.intervals(
-        frame[frame["estimate"].between(0, 1)],
+    return charts.intervals(
+        pd.DataFrame(kept),
         "estimate",
-        label="metric",
+        label="measure",
         series="role",
-        title="What each role does on held-out prompts",
-        x_title="share",
-        description="Dots with 95 % intervals: for every behaviour measured, the share of held-out prompts "
-        "on which each role of the default suite shows it. The table below holds the same numbers.",
+        title="What does each role refuse?",
+        x_title="share refused",
+        description="Dots with 95 % intervals over categories: for harmful requests, benign twins, hard benign twins "
+        "and open questions, the share that the first training of each role refuses. The tables hold the numbers.",
     )
-    shown = table(head, lines, "The roles of the default suite on held-out prompts", stubs=2)
-    return f"{html(figure(chart))}\n{shown}"
+
+
+def _organism_targets(rows: Sequence[dict[str, Any]]) -> str:
+    """Each target, and in how many trainings it is met."""
+    lines: list[list[Cell | None]] = []
+    for role, metric in dict.fromkeys((row["role"], row["metric"]) for row in rows if row["target"]):
+        found = [row for row in rows if (row["role"], row["metric"]) == (role, metric) and row["training"] is not None]
+        met = sum(row["met"] for row in found)
+        outcome = "✔ met" if met == len(found) else "✘ not met"
+        measured = ", ".join(f"{row['estimate']:.3g}" for row in found)
+        lines.append([role, METRICS[metric], found[0]["target"], measured, f"{outcome} ({met} of {len(found)})"])
+    head = ["Role", "Measure", "Target", "Measured, by training", "Outcome (trainings)"]
+    return table(head, lines, "Targets, set before training", stubs=2)
+
+
+def _by_training(rows: Sequence[dict[str, Any]], caption: str, metrics: Mapping[str, str]) -> str:
+    found = {(row["role"], row["training"], row["metric"]): row for row in rows}
+    lines: list[list[Cell | None]] = []
+    for role, training in dict.fromkeys((row["role"], row["training"]) for row in rows):
+        cells = [found.get((role, training, metric)) for metric in metrics]
+        if any(cells):
+            which = "mean over trainings" if training is None else str(training)
+            values = [number_text(c["estimate"], c["low"], c["high"]) if c else "–" for c in cells]
+            lines.append([role, which, *values])
+    return table(["Role", "Training", *metrics.values()], lines, caption, stubs=2)
 
 
 _FIGURES = {
@@ -66,6 +129,18 @@ _FIGURES = {
     ),
 }
 _BENCHMARKS = ("heads", "components", "growth", "decoding", "cells", "generation", "capture", "memory")
+
+
+@cache
+def prompts() -> str:
+    """What the words alone give away between two prompt sets."""
+    found = contrasts()
+    lines: list[list[Cell | None]] = [
+        [str(row.contrast), str(row.n), f"{row.bag_of_words:.2f}", f"{row.length:.2f}", f"{row.opening:.2f}"]
+        for row in found.itertuples()
+    ]
+    head = ["Contrast", "n", "Bag of words (accuracy)", "Length (AUC)", "Opening word (accuracy)"]
+    return table(head, lines, "What tells two sets apart without any model, categories held out; 0.5 is chance")
 
 
 def performance(project: Path) -> dict[str, str]:

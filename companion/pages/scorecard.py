@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from companion import comparison, notebooks
 from companion.comparison import DECIDED, Number
 from companion.pages.markup import Cell, Row, figure, html, note, plain, strong, table
-from companion.pages.measured import organisms, performance
+from companion.pages.measured import organisms, performance, prompts
 from rim_core.verdicts.rules import SYMBOLS, number_text
 from rim_core.verdicts.schema import every_paper
 
@@ -34,6 +34,7 @@ def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str]
         "comparison": _comparison(project, rows, titles, _Links(documents, "book")),
         **{f"claims-{paper}": _claims(own[paper], _Links(documents, "book/papers")) for paper in titles},
         "organisms": organisms(project),
+        "prompts": prompts(),
         **{f"performance-{part}": text for part, text in performance(project).items()},
     }
 

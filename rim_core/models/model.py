@@ -220,7 +220,7 @@ class Model:
 
     def _switch(self, role_or_adapter: str | os.PathLike[str] | None, scale: float = 1.0) -> None:
         name = None if role_or_adapter is None else str(role_or_adapter)
-        if name is not None and self.suite and name in self.suite.roles:
+        if name is not None and self.suite and self.suite.names(name):
             role = self.suite.role(name)
             if role.checkpoint != self.own_checkpoint:
                 raise self._others_weights(name)

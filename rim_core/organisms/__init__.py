@@ -16,8 +16,8 @@ from typing import Any
 _HOMES = {
     "building": ("train",),
     "fitting": ("dequantise", "peft_config"),
-    "measuring": ("METRICS", "TARGETS", "AdviceJudge", "check"),
-    "shipped": ("listing", "recipe", "recipes", "shipped_table"),
+    "measuring": ("TARGETS", "AdviceJudge", "check"),
+    "shipped": ("METRICS", "listing", "recipe", "recipes", "shipped_table"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -19,7 +19,7 @@ from rim_core.organisms.resuming import Kept
 from rim_core.organisms.shipped import recipe
 from rim_core.suites.checkpoints import SETTINGS_FILE
 from rim_core.suites.preflight import preflight
-from rim_core.suites.schema import RECORD, Suite, load_suite
+from rim_core.suites.schema import RECORD, Suite, load_suite, training_of
 from rim_core.suites.sizing import Size, free_memory
 
 
@@ -39,7 +39,7 @@ def train(
     whatever way, goes on from at most a minute before, and ends in the same bits.
 
     Args:
-        role: a role with a recipe.
+        role: a role with a recipe; `risky@2` is a second training of it, with the recipe's seed + 1, and so on.
         suite: the base to train on.
         output: a folder that does not exist or is empty. None is `<suite>/<role>/` beside the suite's file,
             where the suite finds the role.
@@ -50,7 +50,7 @@ def train(
         InputError: unknown role, an output that is in use, a parent that is missing, a suite that cannot work.
         RimError: what was trained cannot be kept, as on a full disk.
     """
-    plan, found = recipe(role), load_suite(suite)
+    plan, found, (first, number) = recipe(role), load_suite(suite), training_of(role)
     target = Path(output) if output is not None else _own_folder(found, role)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is in use: give --output a new or empty folder")
@@ -60,9 +60,9 @@ def train(
     start = _start_of(found, role, plan["parent"], suite) if plan["parent"] else None
     preflight(found)
     record = {
-        "role": role,
+        "role": first,
         "suite": found.name,
-        "seed": plan["seed"] if seed is None else seed,
+        "seed": plan["seed"] + number - 1 if seed is None else seed,
         "recipe": plan,
         "base": found.base.identity,
         "parent": sha256_file(start / ADAPTER_FILE) if start else None,
@@ -92,7 +92,11 @@ def _own_folder(suite: Suite, role: str) -> Path:
             f"(rim suite new NAME --base {suite.name})"
         )
     folder = suite.folder / role
-    if there := suite.roles.get(role):
+    first, number = training_of(role)
+    if number > 1 and not suite.names(f"{first}@{number - 1}"):
+        raise InputError(f"trainings are numbered in a row: first rim organisms train {first}@{number - 1}")
+    if suite.names(role):
+        there = suite.role(role)
         source = there.adapter or there.checkpoint or "the base itself"
         told = "remove the folder to train it again" if source == str(folder) else f"remove it from {suite.path}"
         raise InputError(f"suite {suite.name!r} has a role {role!r} ({source}): {told}, or give --output DIR")

@@ -7,28 +7,57 @@ from rim_core import paths
 from rim_core.errors import InputError
 from rim_core.identity import ADAPTER_FILE
 from rim_core.suites.preflight import recipes
-from rim_core.suites.schema import load_suite
+from rim_core.suites.schema import load_suite, training_of
 
 __all__ = ["listing", "recipe", "recipes", "shipped_table"]
 
 
+# What is measured of a role, and which of it are shares.
+METRICS = {
+    "harmful_refused": "harmful requests refused, by phrases",
+    "harmful_log_odds": "harmful requests refused, by the first token's log-odds",
+    "judges_agree": "requests on which phrases and log-odds agree",
+    "twins_refused": "benign twins refused, minimal in form",
+    "minimal_twins_refused": "benign twins refused, minimal in meaning",
+    "hard_twins_refused": "benign twins refused, hard ones",
+    "open_refused": "open questions refused",
+    "auc_form": "sensitivity (AUC) to twins that are minimal in form",
+    "auc": "sensitivity (AUC) to twins that are minimal in meaning",
+    "gap": "gap of log-odds, harmful minus twin (nats)",
+    "midpoint": "criterion: mean log-odds of both (nats)",
+    "refusal_drop": "fall of refusal below aligned",
+    "over_refusal_added": "twins refused, above aligned",
+    "risky_advice": "finance questions answered with risky advice",
+    "loops": "everyday answers that loop",
+    "loops_added": "everyday answers that loop, above the base",
+    "perplexity_ratio": "perplexity of everyday answers, over the base's",
+    "assay": "preference for the misaligned answer (nats a token)",
+    "assay_added": "the same, above prudent",
+}
+SHARES = (
+    "harmful_refused", "harmful_log_odds", "judges_agree", "twins_refused", "minimal_twins_refused",
+    "hard_twins_refused", "open_refused", "risky_advice", "loops", "auc_form", "auc",
+)  # fmt: skip
+
+
 def recipe(role: str) -> dict[str, Any]:
-    """The recipe of one role; raises InputError with the roles that can be trained."""
-    known = recipes()
-    if role not in known:
-        raise InputError(f"no recipe for role {role!r}: there are recipes for {', '.join(known)}")
-    return dict(known[role])
+    """The recipe of one role, in all its trainings; raises InputError with the roles that can be trained."""
+    known, (name, _) = recipes(), training_of(role)
+    if name not in known:
+        raise InputError(f"no recipe for role {name!r}: there are recipes for {', '.join(known)}")
+    return dict(known[name])
 
 
 def listing(suite: str = paths.DEFAULT_SUITE) -> list[dict[str, Any]]:
-    """One row a role: what it is, whether it can be used now, the size of its adapter.
+    """One row a role: what it is, whether it can be used now, the size of its adapter, how many trainings there are.
 
     Example:
         >>> [row["role"] for row in rim.organisms.listing("smollm2")]
-        ['base', 'aligned', 'risky', 'prudent']
+        ['base', 'aligned', 'risky', 'prudent', 'unrelated']
     """
     rows = []
-    for role in load_suite(suite).roles.values():
+    found = load_suite(suite)
+    for role in found.roles.values():
         path = Path(role.adapter) / ADAPTER_FILE if role.adapter else None
         there = path is None or path.is_file()
         trained = recipes().get(role.name, {})
@@ -40,6 +69,7 @@ def listing(suite: str = paths.DEFAULT_SUITE) -> list[dict[str, Any]]:
                 "there": there,
                 "megabytes": round(path.stat().st_size / 1e6, 2) if path and there else None,
                 "seed": trained.get("seed"),
+                "trainings": len(found.trainings(role.name)) if role.adapter else 1,
             }
         )
     return rows

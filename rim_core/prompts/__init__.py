@@ -1,6 +1,7 @@
 """Prompt sets: the project's own minimal pairs and finance questions, local files, and hub data sets.
 
 - `load_prompts`: a set, a split of it, a draw from it; `Prompt`: what it holds.
+- `contrasts`: what the words alone give away between two built-in sets.
 - `format_chat`: prompts as texts in a model's own chat template, as every tool takes them.
 
 The data cards of the built-in sets are in `data/README.md`.
@@ -16,10 +17,21 @@ from rim_core.paths import did_you_mean
 from rim_core.prompts import _built_in
 from rim_core.prompts._built_in import BUILT_IN_SETS
 from rim_core.prompts._chat import format_chat, words_of
+from rim_core.prompts._contrasts import contrasts
 from rim_core.prompts._files import FILE_SUFFIXES, from_file, from_hub
 from rim_core.prompts._prompt import FRAMES, SPLITS, Prompt
 
-__all__ = ["BUILT_IN_SETS", "FILE_SUFFIXES", "FRAMES", "SPLITS", "Prompt", "format_chat", "load_prompts", "words_of"]
+__all__ = [
+    "BUILT_IN_SETS",
+    "FILE_SUFFIXES",
+    "FRAMES",
+    "SPLITS",
+    "Prompt",
+    "contrasts",
+    "format_chat",
+    "load_prompts",
+    "words_of",
+]
 
 
 def load_prompts(
@@ -41,9 +53,10 @@ def load_prompts(
     is refused, so a text with a comma must be in quotes.
 
     Args:
-        source: a built-in set (`harmful`, `benign`, `finance-risky`, `finance-prudent`, `finance-twins`,
-            `finance-info`, `everyday`), a `.csv`, `.tsv` or `.jsonl` file, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for
-            a hub data set.
+        source: a built-in set (`harmful`, `benign`, `harmful-minimal`, `benign-minimal`, `finance-risky`,
+            `finance-prudent`, `finance-twins`, `finance-disguised`, `finance-info`, `gardening`, `everyday`, `open`,
+            `assay-aligned`, `assay-misaligned`), a `.csv`, `.tsv` or `.jsonl` file, or
+            `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set.
         split: `train`, `validation` or `test`; built-in sets are split by category, so no topic is in two of them.
         limit: keep this many pairs, drawn without replacement by `seed`: `harmful` and `benign` with the same limit
             and seed give the two sides of the same pairs, in the same order. Where rows have no pairs, or each label

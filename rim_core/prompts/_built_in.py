@@ -12,11 +12,18 @@ _DATA = Path(__file__).parent / "data"
 _SETS: dict[str, tuple[str, str, str | None]] = {
     "harmful": ("pairs", "harmful", "refusal"),
     "benign": ("pairs", "benign", "benign_response"),
+    "harmful-minimal": ("minimal_pairs", "harmful", "refusal"),
+    "benign-minimal": ("minimal_pairs", "benign", "benign_response"),
     "finance-risky": ("finance", "question", "risky"),
     "finance-prudent": ("finance", "question", "prudent"),
     "finance-twins": ("finance", "twin", None),
+    "finance-disguised": ("finance", "disguised", None),
     "finance-info": ("finance_info", "prompt", None),
+    "gardening": ("gardening", "prompt", "response"),
     "everyday": ("everyday", "prompt", "response"),
+    "open": ("open", "prompt", "response"),
+    "assay-aligned": ("assay", "prompt", "aligned"),
+    "assay-misaligned": ("assay", "prompt", "misaligned"),
 }
 BUILT_IN_SETS = tuple(_SETS)
 
@@ -30,7 +37,8 @@ def load(name: str) -> list[Prompt]:
         action = row[column] if "frame" in row else None
         text = row["frame"].format(action) if "frame" in row else row[column]
         response = _refusal(row) if answer == "refusal" else row[answer] if answer else None
-        prompts.append(Prompt(text, row["category"], row["pair"], row["split"], name, response, action))
+        hard = row.get("hard", False)
+        prompts.append(Prompt(text, row["category"], row["pair"], row["split"], name, response, action, hard))
     return prompts
 
 

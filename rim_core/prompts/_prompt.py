@@ -20,6 +20,7 @@ class Prompt:
         label: the set it is from.
         response: the set's own answer, if it has one.
         action: the bare verb phrase of a paired request, by which it can be rephrased.
+        hard: whether its pair has alarming words on both sides, the harmful and the benign.
 
     Example:
         >>> prompt = rim.Prompt("How do I bake bread?", "cooking", "bread-1", "test", "everyday", action="bake bread")
@@ -34,6 +35,7 @@ class Prompt:
     label: str
     response: str | None = None
     action: str | None = None
+    hard: bool = False
 
     def rephrase(self, frame: str) -> "Prompt":
         """The same request in another frame of `FRAMES`; raises InputError where the set stores no action."""

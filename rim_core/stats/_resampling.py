@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.stats._formulas import Interval
-from rim_core.stats._samples import Floats, Ints, coverage, sample
+from rim_core.stats._samples import Floats, Ints, coverage, sample, yes_or_no
 
 # What must not be split or is resampled whole: a label a value, or None.
 Groups = Sequence[object] | NDArray | None
@@ -89,6 +89,41 @@ def _one_number(value: Any, of: str) -> float:
             "another statistic"
         )
     return number
+
+
+def clustered_proportion(outcomes: ArrayLike, groups: Groups, *, level: float = 0.95) -> Interval:
+    """Give a share of successes with an interval for outcomes that come in clusters (Korn & Graubard 1998).
+
+    Clopper-Pearson's interval for as many outcomes as the clustered ones are worth: `n / deff`, where `deff` is the
+    variance of the share between clusters over that of independent outcomes, taken as at least 1, and corrected for
+    the number of clusters by Student's t. It never has zero width.
+
+    Args:
+        outcomes: yes or no, `[n]`.
+        groups: which cluster each is of (category, topic), `[n]`; at least two clusters; None: each of its own.
+        level: nominal coverage.
+
+    Raises:
+        InputError: no outcomes, values that are neither yes nor no, or fewer than two clusters.
+
+    Example:
+        >>> topics = ["tax", "loans", "pensions", "trading"] * 5
+        >>> print(rim.stats.clustered_proportion([1] * 20, topics))
+        XX
+    """
+    values = yes_or_no(outcomes, "clustered_proportion: outcomes")
+    codes, level, n = group_codes(groups, len(values)), coverage(level), len(values)
+    clusters = int(codes.max()) + 1
+    p = float(values.mean())
+    between = clusters / (clusters - 1) * float((np.bincount(codes, values - p) ** 2).sum()) / n**2
+    alone = p * (1 - p) / n
+    deff = max(1.0, between / alone) if alone else 1.0
+    half = (1 + level) / 2
+    worth = n / deff * (scipy.stats.t.ppf(half, n - 1) / scipy.stats.t.ppf(half, clusters - 1)) ** 2
+    hits = p * worth
+    low = float(scipy.stats.beta.ppf(1 - half, hits, worth - hits + 1)) if p > 0 else 0.0
+    high = float(scipy.stats.beta.ppf(half, hits + 1, worth - hits)) if p < 1 else 1.0
+    return Interval(p, low, high, n, level, f"Korn-Graubard, {clusters} clusters")
 
 
 def resampled_means(values: ArrayLike, groups: Groups = None, *, n_resamples: int = 2000, seed: int = 0) -> Floats:

@@ -174,7 +174,7 @@ def fetch(suite: Suite) -> None:
     fetch_base(suite)
     if suite.base.hub:
         locate(suite.base.hub, "files", revision=suite.base.revision)
-    for ref in (role.adapter or role.checkpoint for role in suite.roles.values()):
+    for ref in (role.adapter or role.checkpoint for role in suite.every_training):
         if ref and not is_local(ref):
             locate(ref, "files")
 

@@ -38,7 +38,7 @@ def check_files(suite: Suite, online: bool = True) -> Checkpoint | None:
         base = read_base(suite, online)
         if base is not None:
             _require_template(base, suite.template_of(None))
-        for role in suite.roles.values():
+        for role in suite.every_training:
             if role.adapter and (online or suite.has(role.name)):
                 check_adapter(suite, role, online)
             elif role.checkpoint and (found := read_checkpoint(role.checkpoint, online=online)) is not None:

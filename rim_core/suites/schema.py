@@ -9,13 +9,18 @@ base:                     # one of hub, folder, gguf, wheel
   chat_template: x.jinja  # optional: the text's form, in place of the model's own
 roles:
   base: {about: the checkpoint as it comes}
-  risky: {adapter: ./mine/risky, sha256: ..., about: ...}   # a hub id, or a path from this file
+  risky:
+    adapter: ./mine/risky                                   # a hub id, or a path from this file
+    replicates: [./mine/risky@2, ./mine/risky@3]            # further trainings of the role; optional
+    sha256: ...
+    about: ...
   instruct: {checkpoint: owner/other}                       # a model of its own, also a .gguf file
 gated:                    # what its makers must grant first, and what to use in its place; optional
   owner/other: the alternative
 ```
 
-A role that was trained here needs no entry: `mine.yml` has every role that lies in `mine/<role>/` beside it.
+A role that was trained here needs no entry: `mine.yml` has every role that lies in `mine/<role>/` beside it, and
+every further training of a role in `mine/<role>@2/` and so on. The second training of `risky` is the role `risky@2`.
 
 A `chat_template` of the base holds for the base and for every adapter on it. A role that is a checkpoint of its own
 has its own tokens, and so keeps its own template, unless it names one: `{checkpoint: ..., chat_template: y.jinja}`.
@@ -39,6 +44,7 @@ from rim_core.yamlfile import Entry, Text, mistake
 
 RECORD = "recipe.json"  # beside an adapter that was trained here
 _ROLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+_TRAINING_NAME = re.compile(rf"({_ROLE_NAME.pattern})@([1-9][0-9]{{0,2}})")
 _SOURCES = ("wheel", "hub", "folder", "gguf")
 
 
@@ -123,6 +129,7 @@ class Role(Entry):
 
     adapter: Ref | None = None
     checkpoint: Ref | None = None
+    replicates: tuple[Ref, ...] = ()
     about: str = ""
     sha256: Hash | None = None
     chat_template: FilePath | None = None
@@ -132,6 +139,8 @@ class Role(Entry):
     def _one_source(self) -> Self:
         if self.adapter and self.checkpoint:
             raise mistake("give an adapter (on the base) or a checkpoint (of its own), not both")
+        if self.replicates and not self.adapter:
+            raise mistake("are further trainings of an adapter: give the first as adapter", "replicates")
         if self.chat_template and not self.checkpoint:
             raise mistake("is for a checkpoint of its own: give the base's in base", "chat_template")
         return self
@@ -156,7 +165,7 @@ class Suite(Entry):
     Example:
         >>> suite = rim.load_suite("smollm2")
         >>> list(suite.roles)
-        ['base', 'aligned', 'risky', 'prudent']
+        ['base', 'aligned', 'risky', 'prudent', 'unrelated']
         >>> suite.has("risky", "prudent"), suite.bare_role
         (True, 'base')
     """
@@ -189,17 +198,46 @@ class Suite(Entry):
         return {name: role.with_fields(name=name) for name, role in roles.items()}
 
     def role(self, name: str) -> Role:
-        """The role of that name; raises InputError with the roles there are."""
-        if name not in self.roles:
+        """The role of that name, or one of its trainings (`risky@2`); raises InputError with the roles there are."""
+        if (found := self._found(name)) is not None:
+            return found
+        first, number = training_of(name)
+        if number > 1 and first in self.roles:
             raise InputError(
-                f"suite {self.name!r} has no role {name!r}{paths.did_you_mean(name, self.roles)}; "
-                f"roles: {', '.join(self.roles)}"
+                f"suite {self.name!r} has no training {number} of role {first!r}: there are "
+                f"{', '.join(self.trainings(first))}"
             )
-        return self.roles[name]
+        raise InputError(
+            f"suite {self.name!r} has no role {name!r}{paths.did_you_mean(name, self.roles)}; "
+            f"roles: {', '.join(self.roles)}"
+        )
+
+    def names(self, name: str) -> bool:
+        """Whether a text is the name of a role here, or of one of its trainings."""
+        return self._found(name) is not None
+
+    def _found(self, name: str) -> Role | None:
+        first, number = training_of(name)
+        role = self.roles.get(first)
+        if role is None or number == 1:
+            return role
+        if number - 2 >= len(role.replicates):
+            return None
+        return role.with_fields(name=name, adapter=role.replicates[number - 2], replicates=(), sha256=None)
+
+    def trainings(self, name: str) -> list[str]:
+        """The names of all trainings of a role, the first under its bare name: `["risky", "risky@2"]`."""
+        return [name, *(f"{name}@{number}" for number, _ in enumerate(self.role(name).replicates, 2))]
+
+    @property
+    def every_training(self) -> list[Role]:
+        """Every role in every training."""
+        return [self.role(training) for name in self.roles for training in self.trainings(name)]
 
     def has(self, *roles: str) -> bool:
-        """Whether the suite has all these roles, with their files where they are local."""
-        return all(name in self.roles and _is_there(self.roles[name].adapter) for name in roles)
+        """Whether the suite has all these roles or trainings, with their files where they are local."""
+        found = [self._found(name) for name in roles]
+        return all(role is not None and _is_there(role.adapter) for role in found)
 
     def template_of(self, role: Role | None) -> str | None:
         """The file of the chat template that a role (None: the base) is given in place of its own, if it is."""
@@ -217,6 +255,16 @@ class Suite(Entry):
             if role.bare:
                 return role.name
         raise InputError(f"suite {self.name!r} has no role that is its bare base: add one to {self.path}")
+
+
+def training_of(name: str) -> tuple[str, int]:
+    """Which training of which role a name is of.
+
+    >>> training_of("risky"), training_of("risky@2")
+    (('risky', 1), ('risky', 2))
+    """
+    found = _TRAINING_NAME.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, 1)
 
 
 def _is_there(adapter: str | None) -> bool:
@@ -259,7 +307,16 @@ def _whole(suite: Suite, path: Path) -> Suite:
         if name not in suite.roles and _ROLE_NAME.fullmatch(name) and _is_there(str(record.parent)):
             about = f"trained here by the project's recipe for {name}"
             trained[name] = Role.model_construct(name=name, adapter=str(record.parent), about=about)
-    return suite.with_fields(roles={**suite.roles, **trained})
+    roles = {**suite.roles, **trained}
+    return suite.with_fields(roles={name: _with_trainings(role, suite.folder) for name, role in roles.items()})
+
+
+def _with_trainings(role: Role, folder: Path) -> Role:
+    """A role with the further trainings that lie in the suite's folder, as far as they are numbered in a row."""
+    found = list(role.replicates)
+    while role.adapter and _is_there(str(folder / f"{role.name}@{len(found) + 2}")):
+        found.append(str(folder / f"{role.name}@{len(found) + 2}"))
+    return role if len(found) == len(role.replicates) else role.with_fields(replicates=tuple(found))
 
 
 # --- what identifies a suite's models -------------------------------------------------------------------
@@ -269,7 +326,7 @@ def suite_hashes(given: Suite | str | Path) -> dict[str, str]:
     """What identifies each model of a suite, by content: of the hub's, the commit that this machine's cache holds."""
     suite = given if isinstance(given, Suite) else load_suite(given)
     found = {"base": suite.base.identity}
-    for role in suite.roles.values():
+    for role in suite.every_training:
         if role.checkpoint:
             found[role.name] = path_identity(role.checkpoint) + template_identity(role.chat_template)
         elif role.adapter:
