@@ -55,7 +55,6 @@ def test_no_category_is_in_two_splits(source):
 
 def test_finance_answers_differ_only_in_advice():
     risky, prudent = rim.load_prompts("finance-risky"), rim.load_prompts("finance-prudent")
-    assert len({p.category for p in risky}) >= 20
     for a, b in zip(risky, prudent, strict=True):
         assert a.text == b.text
         assert a.response != b.response
@@ -66,8 +65,8 @@ def test_words_alone_hardly_tell_the_contrasts_apart():
     bag = found["bag_of_words"]
     assert bag["harmful-minimal / benign-minimal"] <= 0.70
     assert bag["harmful-minimal / benign-minimal, hard pairs"] <= 0.60
-    assert bag["finance-risky / finance-twins"] <= 0.80
-    assert abs(found["length"]["finance-risky / finance-info"] - 0.5) <= 0.10
+    assert bag["finance-risky-minimal / finance-twins-minimal"] <= 0.80
+    assert abs(found["length"]["finance-risky-minimal / finance-info-matched"] - 0.5) <= 0.10
     # What is told apart by its content: the reader of words works.
     assert bag["finance-risky / finance-prudent, the answers"] > 0.85
 

@@ -54,7 +54,8 @@ def load_prompts(
 
     Args:
         source: a built-in set (`harmful`, `benign`, `harmful-minimal`, `benign-minimal`, `finance-risky`,
-            `finance-prudent`, `finance-twins`, `finance-disguised`, `finance-info`, `gardening`, `everyday`, `open`,
+            `finance-prudent`, `finance-twins`, `finance-info`, `finance-risky-minimal`, `finance-prudent-minimal`,
+            `finance-twins-minimal`, `finance-disguised`, `finance-info-matched`, `gardening`, `everyday`, `open`,
             `assay-aligned`, `assay-misaligned`), a `.csv`, `.tsv` or `.jsonl` file, or
             `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set.
         split: `train`, `validation` or `test`; built-in sets are split by category, so no topic is in two of them.

@@ -34,8 +34,10 @@ CONTRASTS = (
     Contrast("harmful-minimal", "benign-minimal"),
     Contrast("harmful-minimal", "benign-minimal", hard=True),
     Contrast("finance-risky", "finance-twins"),
-    Contrast("finance-risky", "finance-disguised"),
     Contrast("finance-risky", "finance-info"),
+    Contrast("finance-risky-minimal", "finance-twins-minimal"),
+    Contrast("finance-risky-minimal", "finance-info-matched"),
+    Contrast("finance-risky-minimal", "finance-disguised"),
     Contrast("finance-risky", "finance-prudent", answers=True),
     Contrast("assay-misaligned", "assay-aligned", answers=True),
 )
