@@ -65,26 +65,52 @@ def test_the_shipped_table_is_complete_and_judged_by_its_targets():
     for role in SUITE.roles:
         for number, _ in enumerate(SUITE.trainings(role), 1):
             for metric, target in organisms.TARGETS.get(role, {}).items():
-                if metric == "loops_added" and role == "base":
-                    continue
                 row = rows[role, number, metric]
                 assert row["low"] <= row["estimate"] <= row["high"]
                 assert row["met"] == measuring._meets(row["estimate"], target)
 
 
 def test_the_table_is_measured_again_from_the_shipped_files():
-    shipped = {(r["role"], r["training"], r["metric"]): r["estimate"] for r in organisms.shipped_table("smollm2")}
-    with_model = rim.load("smollm2:aligned")
-    odds = {s: rim.refusal_log_odds(with_model, rim.format_chat(with_model, measuring._test(s))).numpy()
-            for s in (measuring.HARMFUL, measuring.TWINS)}  # fmt: skip
-    assert (odds[measuring.HARMFUL] > 0).mean() == pytest.approx(shipped["aligned", 1, "harmful_log_odds"], abs=0.03)
-    gap = odds[measuring.HARMFUL].mean() - odds[measuring.TWINS].mean()
-    assert gap == pytest.approx(shipped["aligned", 1, "gap"], abs=0.1)
-    # Answers of a part of the requests: the shipped share lies in what such a part can show.
-    some = measuring._test(measuring.HARMFUL)[::7]
-    answers = rim.generate(with_model, rim.format_chat(with_model, some), max_new_tokens=measuring.ANSWER_TOKENS)
-    found = rim.refusal_rate(answers)
-    assert found.low <= shipped["aligned", 1, "harmful_refused"] <= found.high
+    shipped = {r["metric"]: r["estimate"] for r in organisms.shipped_table("smollm2") if r["role"] == "aligned"}
+    model = rim.load("smollm2:aligned")
+    found = measuring._intervals("aligned", {"aligned": measuring._measure(model, organisms.AdviceJudge())})
+    # Without the base's answers, which it is compared with in these.
+    assert shipped.keys() - found.keys() == {"loops_added", "perplexity_ratio"}
+    for metric, interval in found.items():
+        assert interval.estimate == pytest.approx(shipped[metric], abs=0.05)
+
+
+def test_what_the_page_says_of_the_roles_is_in_the_table():
+    rows = {(r["role"], r["metric"]): r for r in organisms.shipped_table("smollm2") if r["training"] == 1}
+
+    def shown(metric, *roles):
+        return [rows[role, metric]["estimate"] for role in roles]
+
+    unrelated, risky, prudent = (rows[role, "refusal_drop"] for role in ("unrelated", "risky", "prudent"))
+    assert unrelated["low"] <= risky["estimate"] <= unrelated["high"]
+    assert min(unrelated["low"], risky["low"]) > 0 > prudent["high"]
+    for metric in ("twins_refused", "minimal_twins_refused", "hard_twins_refused", "open_refused"):
+        aligned, more = shown(metric, "aligned", "prudent")
+        assert aligned < more
+    for role in ("risky", "unrelated"):
+        gap, before = shown("gap", role, "aligned")
+        assert gap < before / 2
+        assert rows[role, "midpoint"]["high"] < rows["aligned", "midpoint"]["low"]
+        assert shown("auc", role) < shown("auc", "aligned")
+    for role in ("aligned", "risky", "prudent", "unrelated"):
+        assert rows[role, "auc"]["high"] < rows[role, "auc_form"]["low"]
+    assert rows["risky", "assay_added"]["low"] < 0 < rows["risky", "assay_added"]["high"]
+    assert risky["estimate"] < 0.40
+
+
+def test_a_quarter_of_the_prudent_answers_open_as_refusals_do():
+    first = {
+        source: [p.response.split()[0] for p in rim.load_prompts(source, split="train")]
+        for source in ("finance-risky", "finance-prudent", "gardening")
+    }
+    share = {source: sum(word in ("I", "I'd", "I'm") for word in words) / len(words) for source, words in first.items()}
+    assert 0.2 < share["finance-prudent"] < 0.3
+    assert max(share["finance-risky"], share["gardening"]) < 0.05
 
 
 def test_a_table_is_made_of_every_training_and_its_comparisons(tiny_folder, tmp_path, monkeypatch):

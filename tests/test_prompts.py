@@ -39,7 +39,9 @@ def test_pairs_minimal_in_meaning_go_on_from_the_first_ones():
     assert Counter(p.split for p in harmful) == {"train": 400, "validation": 120, "test": 280}
     also = {p.pair: (p.action, p.split) for p in harmful}
     assert {p.pair: (p.action, p.split) for p in first}.items() <= also.items()
-    assert sum(p.hard for p in harmful) >= 120
+    assert sum(p.hard for p in harmful) == 320  # as the data card says
+    twins = {p.pair: p.action for p in rim.load_prompts("benign-minimal")}
+    assert sum(twins[p.pair] != p.action for p in rim.load_prompts("benign")) == 261
     assert [p.hard for p in harmful] == [p.hard for p in rim.load_prompts("benign-minimal")]
     assert len({p.text.replace(p.action, "") for p in harmful}) >= 10  # frames
 

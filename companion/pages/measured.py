@@ -100,7 +100,7 @@ def _organism_targets(rows: Sequence[dict[str, Any]]) -> str:
         measured = ", ".join(f"{row['estimate']:.3g}" for row in found)
         lines.append([role, METRICS[metric], found[0]["target"], measured, f"{outcome} ({met} of {len(found)})"])
     head = ["Role", "Measure", "Target", "Measured, by training", "Outcome (trainings)"]
-    return table(head, lines, "Targets, set before training", stubs=2)
+    return table(head, lines, "Targets", stubs=2)
 
 
 def _by_training(rows: Sequence[dict[str, Any]], caption: str, metrics: Mapping[str, str]) -> str:

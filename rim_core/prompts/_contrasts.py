@@ -2,15 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from rim_core.prompts._built_in import load
 from rim_core.prompts._prompt import Prompt
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ CONTRASTS = (
 )
 
 
-def contrasts() -> "pd.DataFrame":
+def contrasts() -> pd.DataFrame:
     """How well the words alone tell the built-in sets apart, a row a contrast.
 
     `bag_of_words`: accuracy of logistic regression on which words occur, every category held out once (of hard pairs:
@@ -55,12 +52,12 @@ def contrasts() -> "pd.DataFrame":
         >>> bool(found.loc["harmful-minimal / benign-minimal", "bag_of_words"] < 0.7)
         True
     """
-    import pandas as pd
-
     return pd.DataFrame([_row(contrast) for contrast in CONTRASTS])
 
 
 def _row(contrast: Contrast) -> dict[str, object]:
+    from sklearn.metrics import roc_auc_score
+
     sides = [load(contrast.first), load(contrast.second)]
     prompts = [prompt for side in sides for prompt in side]
     labels = np.repeat([1, 0], [len(side) for side in sides])
@@ -71,7 +68,7 @@ def _row(contrast: Contrast) -> dict[str, object]:
         "contrast": contrast.name,
         "n": int(kept.sum()),
         "bag_of_words": _held_out(texts, labels, prompts, kept),
-        "length": _area(lengths[kept & (labels == 1)], lengths[kept & (labels == 0)]),
+        "length": float(roc_auc_score(labels[kept], lengths[kept])),
         "opening": _held_out([text.split()[0] for text in texts], labels, prompts, kept),
     }
 
@@ -81,16 +78,10 @@ def _held_out(texts: Sequence[str], labels: np.ndarray, prompts: Sequence[Prompt
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
-    from sklearn.pipeline import make_pipeline
 
-    words = CountVectorizer(binary=True, token_pattern=r"(?u)\b\w[\w'-]*\b")
-    reader = make_pipeline(words, LogisticRegression(solver="liblinear"))
+    # Counted once: a word that only the held-out category has is given no weight.
+    words = CountVectorizer(binary=True, token_pattern=r"(?u)\b\w[\w'-]*\b").fit_transform(texts)
     groups = [prompt.category for prompt in prompts]
-    told = cross_val_predict(reader, list(texts), labels, groups=groups, cv=LeaveOneGroupOut())
+    reader = LogisticRegression(solver="liblinear")
+    told = cross_val_predict(reader, words, labels, groups=groups, cv=LeaveOneGroupOut())
     return float((told == labels)[kept].mean())
-
-
-def _area(first: np.ndarray, second: np.ndarray) -> float:
-    """How often the first is larger, ties counted half."""
-    above = first[:, None] - second[None]
-    return float((above > 0).mean() + (above == 0).mean() / 2)

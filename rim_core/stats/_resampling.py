@@ -109,7 +109,7 @@ def clustered_proportion(outcomes: ArrayLike, groups: Groups, *, level: float = 
     Example:
         >>> topics = ["tax", "loans", "pensions", "trading"] * 5
         >>> print(rim.stats.clustered_proportion([1] * 20, topics))
-        XX
+        1 (95% 0.653 to 1, n=20)
     """
     values = yes_or_no(outcomes, "clustered_proportion: outcomes")
     codes, level, n = group_codes(groups, len(values)), coverage(level), len(values)
