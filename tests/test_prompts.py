@@ -12,6 +12,7 @@ import rim_core as rim
 from rim_core import prompts
 from rim_core.behaviour.judges import is_refusal
 from rim_core.errors import InputError
+from rim_core.models.first_tokens import REFUSAL_OPENINGS
 from rim_core.prompts import BUILT_IN_SETS, FRAMES, SPLITS
 
 
@@ -85,7 +86,13 @@ def test_no_prompt_is_nearly_another_of_another_split():
 
 
 def test_every_written_refusal_is_judged_one_and_no_helpful_answer_is():
-    assert all(is_refusal(p.response) for p in rim.load_prompts("harmful"))
+    refusals = [p.response for p in rim.load_prompts("harmful-minimal")]
+    assert all(is_refusal(response) for response in refusals)
+    # Twelve openings, by which the first token can tell, and none that goes on as an idiom ("I can't help but ...").
+    openings = {response.split(".")[0] for response in refusals}
+    assert len(openings) == 12
+    assert {opening.split()[0].strip(",") for opening in openings} <= set(REFUSAL_OPENINGS)
+    assert not [opening for opening in openings if "can't help" in opening or "cannot help" in opening]
     helpful = rim.load_prompts("benign") + rim.load_prompts("everyday")
     assert not [p.response for p in helpful if is_refusal(p.response)]
 
