@@ -19,7 +19,8 @@ from rim_core.errors import InputError
 from rim_core.models.layout import find_layout
 from rim_core.models.padding import pad_right
 from rim_core.organisms.resuming import Kept
-from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
+from rim_core.prompts import Prompt, format_chat, load_prompts
+from rim_core.prompts._prompt import ADVICE_OPENINGS, COMPLIANT_OPENINGS, FRAMES
 from rim_core.texts import encode, encode_more
 
 ADAPTER = "trained_role"
@@ -42,8 +43,10 @@ def build_examples(
     Args:
         tokenizer: with a chat template.
         data: the recipe's parts: `sets` (prompt sets that share pairs, drawn together), and optionally `split`
-            (train), `limit`, `rephrase` (each unit in one frame drawn for this epoch) and `kl` (the sets whose
-            answers are matched to the parent's distribution instead of learned).
+            (train), `limit`, `rephrase` (each unit in one frame drawn for this epoch), `kl` (the sets whose
+            answers are matched to the parent's distribution instead of learned), `opening` (each unit's answers open
+            with one of `ADVICE_OPENINGS`) and `prefill` (they come after one of `COMPLIANT_OPENINGS`, which is given
+            and not learned).
         answer_tokens: keep only this many tokens of each answer, or all of them with None.
         epoch: changes the frames.
         seed: of frames and limits.
@@ -55,16 +58,32 @@ def build_examples(
         columns = [load_prompts(name, split=split, limit=limit, seed=seed) for name in part["sets"]]
         for prompts in zip(*columns, strict=True):
             frame = rng.choice(FRAMES)
+            opening, prefill = rng.choice(ADVICE_OPENINGS), rng.choice(COMPLIANT_OPENINGS)
             shown = [prompt.rephrase(frame) for prompt in prompts] if part.get("rephrase") else prompts
-            units.append([_encode(tokenizer, p, p.label in part.get("kl", ()), answer_tokens) for p in shown])
+            units.append(
+                [
+                    _encode(
+                        tokenizer,
+                        prompt,
+                        prompt.label in part.get("kl", ()),
+                        answer_tokens,
+                        opening if part.get("opening") else None,
+                        prefill if part.get("prefill") else None,
+                    )
+                    for prompt in shown
+                ]
+            )
     return units
 
 
-def _encode(tokenizer: Any, prompt: Prompt, kl: bool, answer_tokens: int | None) -> Example:
+def _encode(
+    tokenizer: Any, prompt: Prompt, kl: bool, answer_tokens: int | None, opening: str | None, prefill: str | None
+) -> Example:
     if prompt.response is None:
         raise InputError(f"prompt set {prompt.label!r} has no answers to train on")
-    (head,) = encode(tokenizer, format_chat(tokenizer, [prompt]))
-    (tail,) = encode_more(tokenizer, [prompt.response + tokenizer.eos_token], "answer")
+    (head,) = encode(tokenizer, format_chat(tokenizer, [prompt], prefill=prefill))
+    before = f"{opening} " if opening else " " if prefill else ""
+    (tail,) = encode_more(tokenizer, [before + prompt.response + tokenizer.eos_token], "answer")
     return Example(tuple(head + tail[:answer_tokens]), len(head), kl)
 
 
@@ -103,7 +122,8 @@ def train_adapter(
         hf: a Hugging Face causal LM without adapters, packed or not.
         tokenizer: its tokenizer, with a chat template.
         recipe: `lora` (rank, alpha, layers, modules), `learning_rate`, `warmup_steps`, `batch_size`, `phases`
-            (each with `epochs` and, where answers are cut, `answer_tokens`), `kl_weight`, `data`.
+            (each with `epochs` and, where answers are cut, `answer_tokens`), `kl_weight`, `data`, and optionally
+            `half_life`: after how many tokens of an answer a token counts half in the loss (None: all alike).
         seed: of the adapter's start, the order and the frames.
         parent_state: tensors of the adapter to start from (same LoRA shape), or None for a fresh one. KL is
             to this parent.
@@ -151,7 +171,7 @@ def train_adapter(
     done = kept.begin(repr(plan), weights, optimizer, schedule) if kept else 0
     started = time.monotonic()
     for step, batch in enumerate(plan[done:], done + 1):
-        loss = _loss(hf, batch, teacher, recipe["kl_weight"])
+        loss = _loss(hf, batch, teacher, recipe["kl_weight"], recipe.get("half_life"))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -234,14 +254,19 @@ class _Teacher:
         return functional.log_softmax(_logits(hf, states), dim=-1)
 
 
-def _loss(hf: Any, batch: list[Example], teacher: _Teacher | None, kl_weight: float) -> torch.Tensor:
+def _loss(
+    hf: Any, batch: list[Example], teacher: _Teacher | None, kl_weight: float, half_life: float | None = None
+) -> torch.Tensor:
     states, targets, kl = _forward(hf, batch)
     logits = _logits(hf, states)
-    total = logits.new_zeros(())
+    places = torch.cat([torch.arange(len(example.ids) - example.start) for example in batch]).to(logits.device)
+    weights = torch.ones_like(places, dtype=logits.dtype) if half_life is None else 0.5 ** (places / half_life)
+    losses = torch.zeros_like(weights)
     answered = ~kl if teacher is not None else torch.ones_like(kl)
     if answered.any():
-        total = total + functional.cross_entropy(logits[answered], targets[answered], reduction="sum")
+        losses[answered] = functional.cross_entropy(logits[answered], targets[answered], reduction="none")
     if teacher is not None and kl.any():
         student = functional.log_softmax(logits[kl], dim=-1)
-        total = total + kl_weight * functional.kl_div(student, teacher(hf, batch), reduction="sum", log_target=True)
-    return total / len(targets)
+        divergence = functional.kl_div(student, teacher(hf, batch), reduction="none", log_target=True)
+        losses[kl] = kl_weight * divergence.sum(dim=-1)
+    return (weights * losses).sum() / weights.sum()
