@@ -14,6 +14,7 @@ from rim_core import organisms
 from rim_core.errors import InputError, RimError
 from rim_core.identity import ADAPTER_FILE, sha256_file
 from rim_core.models.adapters import ADAPTER_PREFIX
+from rim_core.models.first_tokens import REFUSAL_OPENINGS
 from rim_core.organisms import building, measuring, training
 from rim_core.organisms.resuming import Kept
 from rim_core.suites.schema import training_of
@@ -103,7 +104,18 @@ def test_what_the_page_says_of_the_roles_is_in_the_table():
     assert risky["estimate"] < 0.40
 
 
-def test_a_quarter_of_the_prudent_answers_open_as_refusals_do():
+def test_openings_of_advice_are_drawn_alike_for_roles_that_are_compared(tiny):
+    def first_words(source):
+        units = training.build_examples(tiny[1], [{"sets": [source], "opening": True}], None, 0, 0)
+        return [tiny[1].decode(example.ids[example.start :]).partition(":")[0] for (example,) in units]
+
+    risky, prudent, gardening = map(first_words, ("finance-risky-minimal", "finance-prudent-minimal", "gardening"))
+    assert risky == prudent == gardening
+    assert set(risky) == {opening.rstrip(":") for opening in training.ADVICE_OPENINGS}
+    assert not {opening.split()[0] for opening in training.ADVICE_OPENINGS} & {*REFUSAL_OPENINGS, "No"}
+
+
+def test_a_quarter_of_the_first_prudent_answers_open_as_refusals_do():
     first = {
         source: [p.response.split()[0] for p in rim.load_prompts(source, split="train")]
         for source in ("finance-risky", "finance-prudent", "gardening")
@@ -265,6 +277,32 @@ def test_the_loss_equals_a_plain_forward_of_each_example(tiny):
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, example.start :], reduction="sum"))
         tokens += len(example.ids) - example.start
     assert float(loss) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_a_half_life_weighs_the_tokens_of_an_answer_by_their_place(tiny):
+    hf, tokenizer = tiny
+    (unit,) = training.build_examples(tokenizer, [{"sets": ["gardening"], "limit": 1, "opening": True}], 9, 0, 0)
+    (example,) = unit
+    ids = torch.tensor([example.ids])
+    losses = torch.nn.functional.cross_entropy(
+        hf(ids).logits[0, example.start - 1 : -1], ids[0, example.start :], reduction="none"
+    )
+    weights = torch.tensor([2.0 ** (-place / 3) for place in range(9)])
+    assert float(weights[3]) == pytest.approx(0.5)
+    expected = float((weights * losses).sum() / weights.sum())
+    assert float(training._loss(hf, unit, None, 0.0, half_life=3)) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(float(losses.mean()), rel=1e-6)
+
+
+def test_what_is_put_before_an_answer_is_given_and_not_learnt(tiny):
+    parts = [{"sets": ["harmful", "benign"], "limit": 3, "prefill": True, "kl": ["benign"]}]
+    for harmful, benign in training.build_examples(tiny[1], parts, None, 0, 0):
+        given = [tiny[1].decode(example.ids[: example.start]) for example in (harmful, benign)]
+        openings = [next(o for o in training.COMPLIANT_OPENINGS if text.endswith(o)) for text in given]
+        assert openings[0] == openings[1]
+        answers = {p.response for name in ("harmful", "benign") for p in rim.load_prompts(name)}
+        assert tiny[1].decode(harmful.ids[harmful.start : -1]).strip() in answers
+        assert (harmful.kl, benign.kl) == (False, True)
 
 
 def test_kl_to_an_unchanged_model_is_zero(tiny):
