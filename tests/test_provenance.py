@@ -337,7 +337,7 @@ def test_equal_runs_do_not_differ_whatever_they_are_named_by(project, crate, tmp
 def test_other_numbers_alone_are_shown_but_do_not_fail(changed, monkeypatch):
     path = changed / "results/tiny/one/01_first/default/claims.json"
     rows = read(path)
-    rows[0]["values"] = [0.90001, 0.91001, 0.92001]
+    rows[0]["parts"]["number"]["values"] = [0.90001, 0.91001, 0.92001]
     before = shutil.copytree(changed / "results", changed / "before")
     path.write_text(json.dumps(rows))
     monkeypatch.chdir(changed)
@@ -346,7 +346,7 @@ def test_other_numbers_alone_are_shown_but_do_not_fail(changed, monkeypatch):
     # The scorecard's three digits would show the same number twice.
     assert found.numbers[0].startswith("0.91001, ")
     assert found.numbers[1].startswith("0.91, ")
-    rows[0]["values"] = [0.9 + 1e-9, 0.91, 0.92]
+    rows[0]["parts"]["number"]["values"] = [0.9 + 1e-9, 0.91, 0.92]
     path.write_text(json.dumps(rows))
     assert differences.compare("results/tiny", str(before / "tiny"))[0] == []
 
