@@ -10,7 +10,7 @@ from typing import Any
 from companion.outcomes import rows
 from rim_core import paths
 from rim_core.errors import InputError
-from rim_core.verdicts.rules import SYMBOLS, number_text
+from rim_core.verdicts.rules import SYMBOLS, number_text, outcome_text, reproduced_text
 
 _NUMBERS = ("value", "low", "high")
 _ALIKE = 1e-6  # numbers closer than this, relatively, are the same: they come from JSON and other processors
@@ -24,19 +24,20 @@ class Difference:
 
     claim: str
     outcomes: tuple[str, str]
+    reproduced: tuple[str | None, str | None]
     numbers: tuple[str, str]
 
     @property
     def changed(self) -> bool:
-        """Whether the outcome is another, and not the numbers alone."""
-        return self.outcomes[0] != self.outcomes[1]
+        """Whether an outcome is another, and not the numbers alone."""
+        return len(set(self.outcomes)) > 1 or len(set(self.reproduced)) > 1
 
     @property
     def told(self) -> tuple[str, str]:
-        """Symbol, outcome and numbers of each."""
+        """Symbol, outcome and numbers of each, and of the paper's own version where that differs."""
         first, second = (
-            f"{SYMBOLS[outcome]} {outcome.replace('_', ' ')}, {number}"
-            for outcome, number in zip(self.outcomes, self.numbers, strict=True)
+            f"{outcome_text(outcome)}, {number}{f'; {reproduced_text(own)}' if len(set(self.reproduced)) > 1 else ''}"
+            for outcome, own, number in zip(self.outcomes, self.reproduced, self.numbers, strict=True)
         )
         return first, second
 
@@ -76,8 +77,9 @@ def compare(first: str, second: str) -> tuple[list[Difference], int]:
     for name in names:
         pair = by[0].get(name, {}), by[1].get(name, {})
         outcomes = pair[0].get("outcome", "not_tested"), pair[1].get("outcome", "not_tested")
-        if outcomes[0] != outcomes[1] or not _alike(*pair):
-            found.append(Difference(name, outcomes, _numbers(*pair)))
+        reproduced = pair[0].get("reproduced"), pair[1].get("reproduced")
+        if outcomes[0] != outcomes[1] or reproduced[0] != reproduced[1] or not _alike(*pair):
+            found.append(Difference(name, outcomes, reproduced, _numbers(*pair)))
     return found, len(names)
 
 

@@ -50,13 +50,13 @@ def stale_text(row: Mapping[str, Any]) -> str:
 def rows(results_dir: Path, suites: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Give the outcome of each claim on each suite as JSON data.
 
-    Keys: paper, claim, statement, suite, outcome, reason, reasons (its sentences), value, low, high, published,
-    notebook, run_key.
+    Keys: paper, claim, statement, suite, outcome (does it hold?), reproduced (by the paper's own method?), reason,
+    reasons (its sentences), number (which one is shown), value, low, high, published, notebook, run_key.
     """
-    fields = ("statement", "suite", "outcome", "reason", "reasons", "value", "low", "high", "published", "notebook")
+    fields = ("statement", "suite", "outcome", "reproduced", "reason", "reasons", "number", "value", "low", "high")
     found = []
     for each in outcomes(results_dir, suites):
-        told = {name: getattr(each, name) for name in (*fields, "run_key")}
+        told = {name: getattr(each, name) for name in (*fields, "published", "notebook", "run_key")}
         found.append({"paper": each.paper, "claim": each.claim_id, **told, "reasons": list(each.reasons)})
     return found
 
@@ -79,7 +79,7 @@ def outcomes(results_dir: Path, suites: Sequence[str] | None = None) -> list[Out
 
 
 def _outcome(claim: Claim, suite: str, read: Suite | None, results_dir: Path) -> Outcome:
-    stem, notebook = paths.suite_name(suite), claim.metric.notebook
+    stem, notebook = paths.suite_name(suite), claim.notebook
     run_key, recorded, failed = read_run(results_dir / stem / notebook, claim)
 
     def undecided(outcome: str, *reasons: str) -> Outcome:
@@ -95,10 +95,12 @@ def _outcome(claim: Claim, suite: str, read: Suite | None, results_dir: Path) ->
             "the run recorded nothing for this claim" if run_key else f"no run yet; rim run {notebook} --suite {suite}"
         )
         return undecided("not_tested", told)
+    if recorded.get("outcome") == "not_applicable":  # on this model, as its run found
+        return undecided("not_applicable", *recorded.get("reasons", []))
     try:
         found = Outcome.from_json(claim, recorded)
     except InputError:
-        return undecided("not_tested", f"the run predates the claim's rule; rim run {notebook} --suite {suite}")
+        return undecided("not_tested", f"the run predates the claim's rules; rim run {notebook} --suite {suite}")
     return replace(found, suite=stem, run_key=run_key)
 
 

@@ -21,13 +21,16 @@ from companion import folders, provenance
 from companion.progress import Progress
 from companion.staleness import Job
 from rim_core import paths
-from rim_core.errors import RimError, RunError
+from rim_core.errors import IdentityError, OpeningError, RimError, RunError
 from rim_core.identity import digest
 from rim_core.suites.preflight import preflight
 from rim_core.suites.schema import suite_hashes
-from rim_core.verdicts.deciding import MIME
-from rim_core.verdicts.rules import SYMBOLS
+from rim_core.verdicts.deciding import MIME, Outcome
+from rim_core.verdicts.rules import SYMBOLS, Finding
+from rim_core.verdicts.schema import every_claim
 
+# What a tool raises that this model cannot be measured with: no fault of the notebook's.
+_UNFIT = (IdentityError.__name__, OpeningError.__name__)
 _MODELS = re.compile(r"rim\.(load|roles)\(")
 
 
@@ -155,6 +158,10 @@ def _execute(job: Job, timeout: float | None, nursery: Any, progress: Progress, 
             **provenance.environment(job.project),
         }
         harvested, twice = _harvest(done.notebook, job)
+        if failure is not None and failure.ename in _UNFIT:
+            harvested += _not_applicable(job, harvested, failure.evalue)
+            _cut(done.notebook, failure.evalue)
+            failure = None
         if failure is None and twice:
             failure = Failure("ClaimError", f"claim {twice} is recorded twice with different outcomes", None)
         _write(temporary / "notebook.ipynb", done.notebook)
@@ -195,6 +202,30 @@ def _harvest(executed: Any, job: Job) -> tuple[list[dict[str, Any]], str | None]
             if found.setdefault(name, row) != row:
                 return list(found.values()), name[1]
     return list(found.values()), None
+
+
+def _not_applicable(job: Job, decided: Sequence[Mapping[str, Any]], why: str) -> list[dict[str, Any]]:
+    """The notebook's claims that are not decided, as ones that do not apply to this model."""
+    known = {(row.get("paper"), row.get("claim_id")) for row in decided}
+    claims = [c for c in every_claim(job.project / "book" / "claims") if c.notebook == job.notebook]
+    finding = Finding(outcome="not_applicable", reasons=(f"this model cannot be measured so: {why}",))
+    return [
+        Outcome.of(claim, finding, suite=job.suite.name, run_key=job.key).to_dict()
+        for claim in claims
+        if (claim.paper, claim.id) not in known
+    ]
+
+
+def _cut(notebook: Any, why: str) -> None:
+    """Let an executed notebook end with the cell that this model cannot be measured by, and say so."""
+    from nbformat.v4 import new_markdown_cell
+
+    errors = [[o for o in cell.get("outputs", []) if o.get("output_type") == "error"] for cell in notebook.cells]
+    place = next(place for place, found in enumerate(errors) if found)
+    cell = notebook.cells[place]
+    cell["outputs"] = [output for output in cell["outputs"] if output not in errors[place]]
+    told = f"**This model cannot be measured so.** {why} What follows was not run."
+    notebook.cells[place + 1 :] = [new_markdown_cell(f"```{{note}}\n{told}\n```")]  # type: ignore[no-untyped-call]
 
 
 def _told(result: Result) -> str:

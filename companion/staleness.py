@@ -114,7 +114,7 @@ def plan(
         parameters = {name: parameter.default for name, parameter in known.items()} | changed
         if "suite" in known:
             parameters["suite"] = read.name
-        claims = [claim for claim in every if claim.metric.notebook == name]
+        claims = [claim for claim in every if claim.notebook == name]
         missing = [[role for role in claim.roles if not read.has(role)] for claim in claims]
         parts = {
             "notebook": digest([_normalised(cell) for cell in source["cells"]]),

@@ -19,6 +19,10 @@ class IdentityError(RimError):
     """An identity that a tool rests on does not hold for this model, so the tool refuses."""
 
 
+class OpeningError(InputError):
+    """An answer's opening cannot be told by its first token in this model's tokenizer."""
+
+
 class RunError(RimError):
     """A notebook failed while it ran."""
 

@@ -160,7 +160,7 @@ def _shown(where: Sequence[Key], data: Any) -> str:
         data = _within(data, part)
         if isinstance(part, int):
             named = data if isinstance(data, dict) else {}
-            text += f"[{named.get('id') or named.get('name') or named.get('metric') or part}]"
+            text += f"[{named.get('id') or named.get('name') or part}]"
         else:
             text += f".{part}" if text else str(part)
     return text

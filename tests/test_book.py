@@ -115,8 +115,9 @@ def test_an_experiment_that_a_suite_cannot_serve_says_which_role_it_lacks(projec
     claims = project / "book" / "claims"
     claims.mkdir(parents=True)
     (claims / "p.yml").write_text(
-        "paper: p\nclaims:\n- {id: A1, statement: s, where: w, published: {value: 1}, rule: {kind: range, low: 0}, "
-        f"metric: {{name: m, unit: u, notebook: {NOTEBOOK}}}, applies_to: {{roles: [reasoning]}}}}\n"
+        "paper: p\nclaims:\n- {id: A1, statement: s, where: w, published: {value: 1}, "
+        "parts: [{name: m, version: sound, rule: {kind: range, low: 0}}], "
+        f"notebook: {NOTEBOOK}, applies_to: {{roles: [reasoning]}}}}\n"
     )
     assert [page.status for page in staging.stage(project)] == ["not applicable"]
     assert "has no role reasoning" in staged(project).cells[1].source
@@ -179,15 +180,26 @@ def test_contents_and_pages_must_agree(project):
 
 def test_tables_escape_what_they_are_given_and_lead_to_the_pages():
     row = {
-        **{"paper": "p", "claim": "C1", "statement": "a <b> & c", "suite": "s", "outcome": "validated", "stale": True},
-        **{"value": 0.5, "low": 0.4, "high": 0.6, "published": None, "notebook": "one/x", "reasons": ["--suite <i>"]},
+        **{"paper": "p", "claim": "C1", "statement": "a <b> & c", "suite": "s", "outcome": "holds", "stale": True},
+        **{
+            "reproduced": "contradicted",
+            "number": "a_share",
+            "value": 0.5,
+            "low": 0.4,
+            "high": 0.6,
+            "published": None,
+            "notebook": "one/x",
+            "reasons": ["--suite <i>"],
+        },
     }
     links = scorecard._Links({("one/x", "s"): "book/experiments/one/x"}, "book/papers")
     text = scorecard._claims([row, {**row, "suite": "t", "stale": False}], links)
     assert "<strong>C1</strong> a &lt;b&gt; &amp; c" in text
     assert "<p>--suite &lt;i&gt;</p>" in text
     assert 'href="../experiments/one/x.html#run-card">run</a>' in text
-    assert "validated, stale" in text
+    assert "holds, stale" in text
+    assert "<p>as published: ✗ not reproduced</p>" in text
+    assert "a share 0.5 [0.4, 0.6]" in text
     assert text.count("<a ") == 2  # of the suite with a page
     assert text.count('scope="row" rowspan="2"') == 1
     assert text.count('scope="col"') == 4

@@ -67,12 +67,12 @@ def test_run_list_and_claims(root):
     assert re.search(r"one/02_bad +failed", listed)
     assert "list[int]" in rim(root, "run", "--list", "--suite", "tiny.yml", "one/01_first").stdout
     told = rim(root, "claims", "--suite", "tiny.yml").stdout
-    assert re.fullmatch(r"paper_a A1  tiny  ✓ validated  0.91 \[[\d., ]+\]\nin all: 1 validated\n", told)
+    assert re.fullmatch(r"paper_a A1  tiny  ✓ holds  ✓ reproduced  0.91 \[[\d., ]+\]\nin all: 1 holds\n", told)
     told = rim(root, "claims", "--suite", "tiny.yml", "--why").stdout
     assert "    The number is large.\n    number 0.91" in told
     assert "; published: 0.9" in told
     (row,) = json.loads(rim(root, "claims", "--json").stdout)
-    assert (row["claim"], row["suite"], row["outcome"]) == ("A1", "tiny", "validated")
+    assert (row["claim"], row["suite"], row["outcome"]) == ("A1", "tiny", "holds")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_what_runs_no_notebook_needs_no_torch(root):
     rim(root, "run", "--suite", "tiny.yml")
     assert "up to date" in told("run", "--suite", "tiny.yml")
     assert "up to date" in told("run", "--plan", "--suite", "tiny.yml")
-    assert "validated" in told("claims")
+    assert "holds" in told("claims")
 
 
 def test_a_reader_that_goes_away_is_no_error(root):

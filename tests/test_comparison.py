@@ -18,7 +18,6 @@ from companion import comparison
 from companion.outcomes import rows
 from companion.pages import staging
 from rim_core.errors import InputError
-from rim_core.verdicts.schema import load_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = """\
@@ -30,35 +29,28 @@ claims:
     statement: The number is large, and near one half elsewhere.
     where: Figure 1
     published: {value: 0.9}
-    metric:
-      name: number
-      unit: share of things
-      units: {elsewhere: metres}
-      notebook: one/01_first
-      bounds: [0, 1]
-    rule:
-      kind: all
-      parts:
-        - {metric: published, rule: {kind: range, low: 0.5}}
-        - {metric: elsewhere, rule: {kind: near, target: 0.5, tolerance: 0.1}}
-    controls:
+    notebook: one/01_first
+    parts:
+      - {name: number, version: both, unit: share of things, bounds: [0, 1], rule: {kind: range, low: 0.5}}
+      - {name: elsewhere, version: sound, unit: metres, rule: {kind: near, target: 0.5, tolerance: 0.1}}
+    checks:
       - {name: shuffled_share, rule: {kind: sign, sign: positive}, why: it must be something}
     applies_to: {roles: [base]}
   - id: A2
     statement: The second number falls.
     where: Figure 2
     published: {value: null, text: "falls"}
-    metric: {name: fall, unit: share, notebook: one/02_second}
-    rule: {kind: sign, sign: negative}
+    notebook: one/02_second
+    parts: [{name: fall, version: sound, unit: share, rule: {kind: sign, sign: negative}}]
     applies_to: {roles: [risky]}
 """
 FIRST = """\
 import rim_core as rim
 values = [0.2, 0.25, 0.3] if "own" in suite else [0.8, 0.9, 0.85]
-measured = {"published": values, "elsewhere": [0.5, 0.5, 0.5]}
-rim.claims("paper_a").record("A1", measured, controls={"shuffled_share": [1.0, 2.0, 1.5]})
+measured = {"number": values, "elsewhere": [0.5, 0.51, 0.49], "shuffled_share": [1.0, 2.0, 1.5]}
+rim.claims("paper_a").record("A1", measured)
 """
-SECOND = "import rim_core as rim\nrim.claims('paper_a').record('A2', [-1.0, -0.9, -1.1])"
+SECOND = "import rim_core as rim\nrim.claims('paper_a').record('A2', {'fall': [-1.0, -0.9, -1.1]})"
 LINKS = "# {}\n\nSee the [other](0{}.ipynb) and the [intro](../../intro.md)."
 CONTENTS = """\
 format: jb-book
@@ -108,9 +100,9 @@ def add_pages(root: Path) -> None:
 # --- from the records to the figures ------------------------------------------------------------------------
 
 
-def put_run(root: Path, suite: str, published: float) -> None:
-    values = {"published": [published - 0.01, published, published + 0.01], "elsewhere": [0.5, 0.5, 0.5]}
-    tiny_project.put_run(root, suite, values, shuffled_share=[1.0, 2.0, 1.5])
+def put_run(root: Path, suite: str, number: float) -> None:
+    values = [number - 0.01, number, number + 0.01]
+    tiny_project.put_run(root, suite, number=values, elsewhere=[0.5, 0.51, 0.49], shuffled_share=[1.0, 2.0, 1.5])
 
 
 @pytest.fixture
@@ -124,21 +116,19 @@ def numbers(root: Path, *suites: str) -> list[comparison.Number]:
     return comparison.numbers(root / "results", rows(root / "results", suites))
 
 
-def test_numbers_are_the_parts_and_the_controls_of_each_decided_claim(root):
+def test_numbers_are_the_parts_and_the_checks_of_each_decided_claim(root):
     put_run(root, "tiny", 0.8)
     put_run(root, "own", 0.2)
     found = numbers(root, "tiny.yml", "own", "third")
     assert [(n.suite, n.title) for n in found] == [
-        (suite, title)
-        for suite in ("tiny", "own")
-        for title in ("number, published", "elsewhere", "control shuffled share")
+        (suite, title) for suite in ("tiny", "own") for title in ("number", "elsewhere", "check: shuffled share")
     ]
-    published, elsewhere, control = found[:3]
-    assert (published.value, published.unit, published.asked) == (pytest.approx(0.8), "share of things", "at least 0.5")
-    assert published.low < 0.8 < published.high
-    assert (published.least, published.most) == (0.5, math.inf)
+    number, elsewhere, check = found[:3]
+    assert (number.value, number.unit, number.asked) == (pytest.approx(0.8), "share of things", "at least 0.5")
+    assert number.low < 0.8 < number.high
+    assert (number.least, number.most) == (0.5, math.inf)
     assert (elsewhere.unit, elsewhere.least, elsewhere.most) == ("metres", 0.4, 0.6)
-    assert (control.unit, control.asked) == ("", "above 0")
+    assert (check.unit, check.asked) == ("", "above 0")
 
 
 def test_only_what_two_suites_have_is_shared(root):
@@ -155,7 +145,7 @@ def test_a_figure_asks_draws_the_bound_and_keeps_each_suites_colour(root):
     every = ["tiny", "absent", "own", "third"]
     groups = comparison.shared(numbers(root, "tiny.yml", "own", "third"))
     spec = comparison.figure(groups[0], every).to_dict()
-    assert " ".join(spec["title"]["text"]) == "A1, number, published: is it at least 0.5?"
+    assert " ".join(spec["title"]["text"]) == "A1, number: is it at least 0.5?"
     assert "tiny 0.8 [0.775, 0.825]" in spec["description"]
     assert "at least 0.5" in spec["description"]
     layers = spec["layer"]
@@ -171,31 +161,6 @@ def test_a_figure_asks_draws_the_bound_and_keeps_each_suites_colour(root):
     assert len(set(colours["range"])) == 4
     (shade,) = [data for data in spec["datasets"].values() if "from" in data[0]]
     assert shade == [{"from": 0.5, "to": high}]
-
-
-def test_a_control_without_a_rule_has_no_bound(root):
-    free = CLAIMS.replace("{kind: near, target: 0.5, tolerance: 0.1}", "X", 1)
-    free = free.replace("X", "{kind: better_than_control, control: shuffled_share, margin: 0}")
-    free = free.replace("rule: {kind: sign, sign: positive}, why", "why")
-    (root / "book" / "claims" / "paper_a.yml").write_text(free, encoding="utf-8")
-    for suite in ("tiny", "own"):
-        put_run(root, suite, 0.8)
-    groups = comparison.shared(numbers(root, "tiny.yml", "own"))
-    gap, control = groups[1:]
-    assert gap[0].value == pytest.approx(-1.0)
-    assert gap[0].title == "elsewhere over shuffled share"
-    assert gap[0].asked == "above 0"
-    spec = comparison.figure(control, ["tiny", "own"]).to_dict()
-    assert " ".join(spec["title"]["text"]).endswith("is it the same?")
-    assert not [layer for layer in spec["layer"] if "datum" in layer["encoding"]["x"]]
-
-
-@pytest.mark.parametrize("units", ["{nowhere: m}", "{elsewhere: 3}", "[m]"])
-def test_units_name_what_the_claim_has(root, units):
-    text = CLAIMS.replace("{elsewhere: metres}", units)
-    (root / "book" / "claims" / "paper_a.yml").write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"paper_a.yml:\d+: claims\[A1\].metric.units"):
-        load_claims("paper_a", root / "book" / "claims")
 
 
 # --- the command, and the built book ------------------------------------------------------------------------
@@ -250,14 +215,14 @@ def test_the_scorecard_and_the_papers_table_show_both_suites(book):
     scorecard = html(root, "scorecard")
     assert re.findall(r'<th class="head" scope="col"><p>(.*?)</p>', scorecard) == ["Claim", "tiny", "own"]
     assert scorecard.count('<th class="stub" scope="row">') == 2  # claims
-    for outcome in ("validated", "partially supported", "not applicable"):
+    for outcome in ("holds", "contradicted", "not applicable", "as published: ✗ not reproduced"):
         assert outcome in scorecard
     for page in ("experiments/one/01_first", "experiments/own/one/01_first"):
         assert f'href="{page}.html#run-card"' in scorecard
     table = html(root, "papers/of_a")
     assert table.count('rowspan="2"') == 4  # two claims, and what was published of each
     assert "Claims measured with the suites tiny, own" in table
-    assert "own 0.25 [" in text_of(table)
+    assert "own number 0.25 [" in text_of(table)
 
 
 def test_a_page_names_the_suite_that_it_was_run_with(book):
@@ -285,7 +250,7 @@ def test_the_comparison_draws_each_shared_number_once_and_names_what_is_not_shar
     assert page.count('<figure class="rim-chart">') == 3
     told = text_of(page)
     assert "1 claim was measured on more than one suite" in told
-    assert "A2 (tiny validated, own not applicable)" in told
+    assert "A2 (tiny holds, own not applicable)" in told
     assert "at least 0.5" in told
     assert "between 0.4 and 0.6" in told
     assert re.search(r"0\.85 \[[\d., ]+\] 0\.25 \[", told)

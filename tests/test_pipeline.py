@@ -54,13 +54,13 @@ def planted_results(project_copy, tmp_path_factory) -> Path:
 def test_what_tells_risky_from_safe_is_found_in_both_models(planted_results):
     claims = outcomes(planted_results)
     found = {claim: row["outcome"] for claim, row in claims.items() if claim in ("C3", "C6")}
-    assert found == {"C3": "validated", "C6": "validated"}, claims
+    assert found == {"C3": "holds", "C6": "holds"}, claims
 
 
 def test_planted_suppressors_are_named(planted_results):
     claims = outcomes(planted_results)
     # Heads that lower the score, which the fine-tuning brought.
-    assert claims["C13"]["outcome"] == "validated", claims["C13"]
+    assert claims["C13"]["outcome"] == "holds", claims["C13"]
     assert "H1, H6" in output_text(planted_results, "04_heads_and_neurons")
     text = output_text(planted_results, "05_suppression_heads")
     assert ", ".join(NAMES) in text or ", ".join(reversed(NAMES)) in text
@@ -68,9 +68,9 @@ def test_planted_suppressors_are_named(planted_results):
 
 def test_ablating_planted_suppressors_brings_refusal_back(planted_results):
     claims = outcomes(planted_results)
-    assert claims["C14"]["outcome"] == "validated", claims["C14"]
+    assert claims["C14"]["outcome"] == "holds", claims["C14"]
     # The layer before the last lowers the refusing word and raises the other, and no longer once the two are out.
-    assert claims["C15"]["outcome"] == "validated", claims["C15"]
+    assert claims["C15"]["outcome"] == "holds", claims["C15"]
 
 
 def test_roles_that_are_checkpoints_are_compared(project_copy, tmp_path):
@@ -81,8 +81,8 @@ def test_roles_that_are_checkpoints_are_compared(project_copy, tmp_path):
     assert set(claims) == {"C6", "C7", "C11", "C12", "C13", "C14"}
     # What the fine-tuning brought is found only where the model before it is that model, and not the risky one again:
     # C13 asks for heads that suppress more than before, C14 for refusals that come back.
-    assert claims["C13"]["outcome"] == "validated", claims["C13"]
-    assert claims["C14"]["outcome"] == "validated", claims["C14"]
+    assert claims["C13"]["outcome"] == "holds", claims["C13"]
+    assert claims["C14"]["outcome"] == "holds", claims["C14"]
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +146,7 @@ def test_the_paper_s_suite_runs_unedited(project_copy, paper_cache, tmp_path):
     rim_command(project, "run", *names, "--suite", suite, HF_HUB_CACHE=str(paper_cache), HF_HUB_OFFLINE="1")
     claims = outcomes(project / "results" / suite)
     assert set(claims) == {"C8", "C9", "C10", "C16", "C17"}
-    assert {row["outcome"] for row in claims.values()} <= {
-        "validated", "partially_supported", "contradicted", "inconclusive"
-    }  # fmt: skip
+    assert {row["outcome"] for row in claims.values()} <= {"holds", "contradicted", "undecided"}
 
 
 def shuffle_at_the_source(package: Path, seed: int = 0) -> None:
@@ -182,4 +180,4 @@ def test_labels_shuffled_at_the_source_unmake_what_was_found(project_copy, tmp_p
     rim_command(project, "run", *names, "--suite", str(suite), PYTHONPATH=str(package.parent))
     found = {claim: row["outcome"] for claim, row in outcomes(project / "results" / suite.stem).items()}
     assert len(found) == 12
-    assert set(found.values()) <= {"contradicted", "inconclusive"}, found
+    assert set(found.values()) <= {"contradicted", "undecided"}, found

@@ -39,7 +39,7 @@ roles:
 MEASURE = (
     "import rim_core as rim\n"
     "number = 0.9 if suite == 'tiny' else 0.2\n"
-    "rim.claims('paper_a').record('A1', [number, number + 0.01, number + 0.02], controls={'shuffled': [0.5] * 3})"
+    "rim.claims('paper_a').record('A1', {'number': [number, number + 0.01, number + 0.02], 'shuffled': [0.5] * 3})"
 )
 DRAW = (
     "import pandas as pd\n"
@@ -213,7 +213,7 @@ def crate(project: Path) -> Path:
 
 def test_a_crate_holds_claims_figures_notebooks_and_provenance(crate, project):
     rows = {(row["claim"], row["suite"]): row for row in read(crate / "claims.json")}
-    assert rows["A1", "tiny"]["outcome"] == "validated"
+    assert rows["A1", "tiny"]["outcome"] == "holds"
     assert rows["A1", "other"]["outcome"] == "contradicted"
     for run in ("tiny/one/01_first", "tiny/one/02_memory", "other/one/01_first"):
         for name in ("notebook.ipynb", "run.json", "claims.json"):
@@ -313,7 +313,7 @@ def test_a_changed_outcome_is_told_and_fails(project):
     assert done.returncode == 1, done.stderr
     heading, *rows, last = done.stdout.splitlines()
     assert heading.split() == ["claim", "tiny", "other"]
-    assert rows[0].startswith("paper_a A1  ✓ validated, 0.91 [")
+    assert rows[0].startswith("paper_a A1  ✓ holds, 0.91 [")
     assert "✗ contradicted, 0.21" in " ".join(rows)
     assert max(map(len, rows)) <= 80
     assert last == "1 claims compared: 1 outcomes changed, 0 numbers alone"
@@ -337,7 +337,7 @@ def test_equal_runs_do_not_differ_whatever_they_are_named_by(project, crate, tmp
 def test_other_numbers_alone_are_shown_but_do_not_fail(changed, monkeypatch):
     path = changed / "results/tiny/one/01_first/default/claims.json"
     rows = read(path)
-    rows[0]["values"] = [0.90001, 0.91001, 0.92001]
+    rows[0]["parts"]["number"]["values"] = [0.90001, 0.91001, 0.92001]
     before = shutil.copytree(changed / "results", changed / "before")
     path.write_text(json.dumps(rows))
     monkeypatch.chdir(changed)
@@ -346,7 +346,7 @@ def test_other_numbers_alone_are_shown_but_do_not_fail(changed, monkeypatch):
     # The scorecard's three digits would show the same number twice.
     assert found.numbers[0].startswith("0.91001, ")
     assert found.numbers[1].startswith("0.91, ")
-    rows[0]["values"] = [0.9 + 1e-9, 0.91, 0.92]
+    rows[0]["parts"]["number"]["values"] = [0.9 + 1e-9, 0.91, 0.92]
     path.write_text(json.dumps(rows))
     assert differences.compare("results/tiny", str(before / "tiny"))[0] == []
 
@@ -356,11 +356,11 @@ def test_a_failed_run_and_a_missing_one_are_outcomes_too(changed, monkeypatch):
     (changed / "results/other/one/01_first/failed/default").mkdir(parents=True)
     (changed / "results/other/one/01_first/failed/default/error.json").write_text('{"ename": "E", "evalue": ""}')
     (found,), _ = differences.compare("tiny", "results/other")
-    assert found.outcomes == ("validated", "error")
+    assert found.outcomes == ("holds", "error")
     shutil.rmtree(changed / "results/other/one/01_first")
     shutil.copytree(changed / "results/tiny/one/02_memory", changed / "results/other/one/02_memory")
     (found,), _ = differences.compare("tiny", "results/other")
-    assert found.outcomes == ("validated", "not_tested")
+    assert found.outcomes == ("holds", "not_tested")
 
 
 @pytest.mark.parametrize(

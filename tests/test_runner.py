@@ -13,7 +13,7 @@ import pytest
 import tiny_project
 from tiny_project import RECORD, kernels, leftovers, wait_for, write
 
-from companion import execution, forking, notebooks, runner, staleness
+from companion import execution, forking, notebooks, outcomes, runner, staleness
 from rim_core import identity, paths
 from rim_core.errors import InputError, RimError
 
@@ -54,7 +54,7 @@ def test_a_run_leaves_notebook_record_and_claims_and_is_not_repeated(root, capfd
     write(root, "one/01_first", RECORD, "import os, sys, warnings", SHOW)
     monkeypatch.setenv("MY_TOKEN", "not-to-be-seen")
     (done,) = run()
-    assert (done.status, [c["outcome"] for c in done.claims]) == ("ran", ["validated"])
+    assert (done.status, [c["outcome"] for c in done.claims]) == ("ran", ["holds"])
     folder = result_of(root)
     assert sorted(p.name for p in folder.iterdir()) == ["claims.json", "notebook.ipynb", "run.json"]
     record, (claim,) = read(folder / "run.json"), read(folder / "claims.json")
@@ -72,7 +72,7 @@ def test_a_run_leaves_notebook_record_and_claims_and_is_not_repeated(root, capfd
         assert "not-to-be-seen" not in text
     assert leftovers(root) == []
     said = capfd.readouterr()
-    assert "claims: 1 validated" in said.err
+    assert "claims: 1 holds" in said.err
     assert said.out == ""
     assert not [line for line in said.err.splitlines() if not line.startswith("[1/1] one/01_first")]
 
@@ -148,7 +148,7 @@ def test_notebooks_on_models_are_forked_from_one_process_and_share_nothing_else(
     write(root, "two/01_no_model", "print('fine')")
     done = run()
     assert [result.status for result in done] == ["ran", "failed", "failed", "ran", "ran"]
-    assert [claim["outcome"] for claim in done[0].claims] == ["validated"]
+    assert [claim["outcome"] for claim in done[0].claims] == ["holds"]
     assert "the kernel died in this cell of SIGSEGV" in done[1].reason
     assert "cell 4: ZeroDivisionError" in done[2].reason
     said = [output_texts(root, name) for name in ("one/01_first", "one/04_last")]
@@ -180,6 +180,25 @@ def test_no_forked_kernel_outlives_its_run(root, number, status, monkeypatch):
     assert process.returncode == status, told
     wait_for(lambda: not forked(root), 10)
     assert result_of(root).exists()
+
+
+def test_what_a_model_cannot_be_measured_by_makes_no_error_of_the_other_claims(root):
+    claims = root / "book" / "claims" / "paper_a.yml"
+    second = tiny_project.CLAIMS[tiny_project.CLAIMS.index("  - id: A1") :].replace("A1", "A2")
+    claims.write_text(tiny_project.CLAIMS + second, encoding="utf-8")
+    refuses = "from rim_core.errors import IdentityError\nraise IdentityError('patch: the cache changes the numbers')"
+    write(root, "one/01_first", RECORD, refuses, "never = 1")
+    (result,) = run()
+    assert result.status == "ran"
+    first, other = outcomes.rows(root / "results", ["tiny.yml"])
+    assert (first["claim"], first["outcome"]) == ("A1", "holds")
+    assert (other["claim"], other["outcome"], other["reproduced"]) == ("A2", "not_applicable", "not_applicable")
+    assert other["reason"] == "this model cannot be measured so: patch: the cache changes the numbers"
+    page = read(result_of(root) / "notebook.ipynb")
+    assert "patch: the cache changes the numbers" in "".join(page["cells"][-1]["source"])
+    assert not [out for cell in page["cells"] for out in cell.get("outputs", []) if out["output_type"] == "error"]
+    assert "never" not in json.dumps(page)
+    assert [each.status for each in run()] == ["up to date"]
 
 
 def test_a_claim_recorded_in_two_ways_fails(root):

@@ -7,6 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import scipy.stats
+import statsmodels.api
 import torch
 from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -327,7 +328,7 @@ def test_a_function_of_means_is_resampled_as_its_means_are(groups):
     assert found.estimate == 1 - columns[:, 0].mean() / columns[:, 1].mean()
     assert found.method == f"percentile bootstrap over {'rows' if groups is None else '5 groups'}"
     both = stats.of_means(columns, lambda mean: np.column_stack([share(mean), mean]), groups, n_resamples=300, seed=4)
-    assert both[0] == found
+    assert (both[0].low, both[0].high) == pytest.approx((found.low, found.high))
     assert np.array_equal(both.high[1:], np.percentile(drawn, 97.5, axis=0))
     assert np.array_equal(stats.of_means(columns, groups=groups, n_resamples=300, seed=4).low, both.low[1:])
 
@@ -486,6 +487,49 @@ def test_a_clustered_share_covers_where_independent_outcomes_would_not():
         alone.append(exact.low <= 0.7 <= exact.high)
     assert np.mean(covered) > 0.91
     assert np.mean(alone) < 0.75
+
+
+@pytest.mark.parametrize("within", [0.0, 0.3])
+def test_a_clustered_mean_covers_as_it_says(within):
+    """14 clusters of 20, as the test categories are; values of a cluster correlated by `within`, or not at all."""
+    rng, covered, alone, widths = np.random.default_rng(1), [], [], []
+    groups = np.repeat(np.arange(14), 20)
+    for _ in range(1000):
+        values = 0.3 + np.sqrt(within) * rng.normal(size=14)[groups] + np.sqrt(1 - within) * rng.normal(size=280)
+        found = stats.clustered_mean(values, groups)
+        covered.append(found.low <= 0.3 <= found.high)
+        plain = stats.t_interval(values)
+        alone.append(plain.low <= 0.3 <= plain.high)
+        widths.append((found.high - found.low) / (plain.high - plain.low))
+    assert 0.92 <= np.mean(covered) <= 0.985
+    assert np.mean(alone) < 0.6 if within else np.mean(widths) < 1.4
+    # A column is as if it were alone.
+    both = stats.clustered_mean(np.stack([values, 2 * values], 1), groups)
+    assert (both[0].low, both[0].high) == pytest.approx((found.low, found.high))
+    assert both[1].high == pytest.approx(2 * found.high)
+
+
+def test_a_clustered_mean_is_that_of_statsmodels():
+    rng = np.random.default_rng(2)
+    groups = rng.integers(0, 9, 60)
+    values = rng.normal(size=60) + rng.normal(size=9)[groups]
+    fit = statsmodels.api.OLS(values, np.ones(60)).fit(
+        cov_type="cluster", cov_kwds={"groups": groups, "use_correction": False}, use_t=True
+    )
+    found = stats.clustered_mean(values, groups)
+    error = fit.bse[0] * np.sqrt(9 / 8)
+    assert found.estimate == pytest.approx(fit.params[0])
+    assert (found.high - found.low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, 8) * error)
+
+
+def test_a_clustered_mean_of_equal_values_is_not_certain():
+    with pytest.raises(InputError, match="all values are equal"):
+        stats.clustered_mean([0.0] * 40, None)
+    found = stats.clustered_mean([0.0] * 40, None, bounds=(-1, 1))
+    assert found.high == -found.low == pytest.approx(stats.proportion(0, 40).high)
+    assert stats.clustered_mean([1.0] * 40, None, bounds=(0, 1)).low == pytest.approx(stats.proportion(40, 40).low)
+    with pytest.raises(InputError, match="outside the bounds"):
+        stats.clustered_mean([0.5, 1.5], None, bounds=(0, 1))
 
 
 def test_a_clustered_share_has_width_at_its_ends_and_for_shares_that_do_not_vary():

@@ -33,9 +33,9 @@ def test_characters_that_the_output_cannot_write_are_escaped(root, encoding):
     done = shell(root, "rim claims --suite tiny.yml", PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
     shown = "\u2713" if encoding == "utf-8" else "\\u2713"
-    assert f"paper_a A1  tiny  {shown} validated" in done.stdout.decode(encoding)
+    assert f"paper_a A1  tiny  {shown} holds" in done.stdout.decode(encoding)
     (row,) = json.loads(shell(root, "rim claims --json", PYTHONIOENCODING=encoding).stdout.decode(encoding))
-    assert row["outcome"] == "validated"
+    assert row["outcome"] == "holds"
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ def copy(root, tmp_path) -> Path:
 def test_a_stale_run_is_shown_as_stale_and_never_counted_as_current(copy):
     told = rim(copy, "claims", "--suite", "tiny.yml").stdout
     assert "stale" not in told
-    assert told.endswith("in all: 1 validated\n")
+    assert told.endswith("in all: 1 holds\n")
     write(copy, "one/01_first", RECORD, "print('another cell')")
     told = rim(copy, "claims", "--suite", "tiny.yml").stdout
-    assert told.startswith("paper_a A1  tiny  \u2713 validated *  0.91 [")
-    assert told.endswith("in all: 1 validated; 1 of them stale (*)\n")
+    assert told.startswith("paper_a A1  tiny  \u2713 holds *  \u2713 reproduced  0.91 [")
+    assert told.endswith("in all: 1 holds; 1 of them stale (*)\n")
     told = rim(copy, "claims", "--why", "--suite", "tiny.yml").stdout
     assert "    Stale: what the run rests on has changed since; rim run one/01_first --suite tiny" in told
     (row,) = json.loads(rim(copy, "claims", "--json", "--suite", "tiny.yml").stdout)
-    assert (row["outcome"], row["stale"]) == ("validated", True)
+    assert (row["outcome"], row["stale"]) == ("holds", True)
     # Without its file a suite's models are not known.
     (row,) = json.loads(rim(copy, "claims", "--json").stdout)
     assert row["stale"] is None

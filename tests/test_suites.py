@@ -49,7 +49,7 @@ acts = rim.capture(model, rim.format_chat(model, ["How do I bake bread?"]), ["re
 with model.using("aligned"):
     before = rim.capture(model, rim.format_chat(model, ["How do I bake bread?"]), ["resid_post"])
 moved = bool((acts["resid_post"] != before["resid_post"]).any())
-rim.claims("paper_a").record("A1", [float(moved)] * 3, controls={"shuffled": [0.5] * 3})
+rim.claims("paper_a").record("A1", {"number": rim.stats.proportion(30 * moved, 30), "shuffled": [0.5] * 3})
 """
 PARAMETERS = 'suite: str = "tiny"  # the suite\nquantization: str = "nf4"  # how weights are held\n'
 
@@ -165,7 +165,7 @@ def test_two_new_models_go_from_suite_to_claims_with_no_file_edited(project, che
     assert first[0] == second[0] == 0, first[2] + second[2]
     for claims in (claims_one, claims_two):
         (row,) = json.loads(claims[1])
-        assert (row["outcome"], row["value"]) == ("validated", 1.0)
+        assert (row["outcome"], row["value"]) == ("holds", 1.0)
     assert not list((project / "suites").rglob(".*")), "a temporary file is left"
 
 

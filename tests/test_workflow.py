@@ -84,7 +84,7 @@ def test_a_grid_gives_what_rim_run_gives_and_a_failure_stops_nothing(root, tmp_p
     assert rim(plain, "run", "--suite", "tiny.yml").returncode == 0
     assert records(root) == records(plain)
     assert sorted(records(root)) == ["results/tiny/one/01_first/default", "results/tiny/two/01_second/default"]
-    assert records(root)["results/tiny/one/01_first/default"][1] == ["validated"]
+    assert records(root)["results/tiny/one/01_first/default"][1] == ["holds"]
     write(root, "one/00_bad", "print('mended')")
     ran(root)
     assert snakemake(root, "tiny.yml").returncode == 0

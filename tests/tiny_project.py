@@ -25,9 +25,10 @@ claims:
     statement: The number is large.
     where: Figure 1
     published: {value: 0.9}
-    metric: {name: number, unit: share, notebook: one/01_first, bounds: [0, 1]}
-    rule: {kind: range, low: 0.5}
-    controls:
+    notebook: one/01_first
+    parts:
+      - {name: number, version: both, unit: share, bounds: [0, 1], rule: {kind: range, low: 0.5}}
+    checks:
       - {name: shuffled, rule: {kind: range, low: 0.4, high: 0.6}, why: a shuffled label teaches nothing}
     applies_to: {roles: [base]}
 """
@@ -40,7 +41,7 @@ layers: list[int] = [1, 2]
 """
 RECORD = (
     "import rim_core as rim\n"
-    "rim.claims('paper_a').record('A1', [0.9, 0.91, 0.92], controls={'shuffled': [0.5, 0.5, 0.5]})"
+    "rim.claims('paper_a').record('A1', {'number': [0.9, 0.91, 0.92], 'shuffled': [0.5, 0.5, 0.5]})"
 )
 COMMAND = "from companion import cli; cli.main()"
 
@@ -78,11 +79,11 @@ def make(root: Path) -> Path:
     return root
 
 
-def put_run(root: Path, suite: str, values: Any, **controls: list[float]) -> None:
+def put_run(root: Path, suite: str, **numbers: list[float]) -> None:
     """A record of the first notebook's run, its first claim decided by these values of each seed."""
     folder = root / "results" / suite / "one" / "01_first" / "default"
     folder.mkdir(parents=True, exist_ok=True)
-    found = deciding.decide(load_claims("paper_a", root / "book" / "claims")[0], values, controls=controls)
+    found = deciding.decide(load_claims("paper_a", root / "book" / "claims")[0], numbers)
     (folder / "run.json").write_text('{"run_key": "k"}', encoding="utf-8")
     (folder / "claims.json").write_text(json.dumps([found.to_dict()]), encoding="utf-8")
 

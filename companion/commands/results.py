@@ -7,7 +7,7 @@ from typing import Any
 from companion import differences, outcomes
 from companion.streams import print_json, table
 from rim_core import paths
-from rim_core.verdicts.rules import SYMBOLS, number_text
+from rim_core.verdicts.rules import SYMBOLS, number_text, outcome_text, reproduced_text
 
 
 def claims(options: argparse.Namespace) -> int:
@@ -24,7 +24,8 @@ def claims(options: argparse.Namespace) -> int:
         {
             "claim": f"{row['paper']} {row['claim']}",
             "suite": row["suite"],
-            "outcome": f"{SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}{stale[row['stale']]}",
+            "outcome": f"{outcome_text(row['outcome'])}{stale[row['stale']]}",
+            "as published": reproduced_text(row["reproduced"]),
             "measured": number_text(row["value"], row["low"], row["high"]) if row["value"] is not None else "",
         }
         for row in rows

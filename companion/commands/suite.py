@@ -301,7 +301,7 @@ def _print_serving(suite: Suite) -> None:
     for notebook in _notebooks():
         decides: list[str] = []
         waits: dict[str, list[str]] = {}
-        for claim in (claim for claim in _claims() if claim.metric.notebook == notebook):
+        for claim in (claim for claim in _claims() if claim.notebook == notebook):
             missing = [role for role in claim.roles if not suite.has(role)]
             lacking.update(missing)
             if missing:

@@ -14,8 +14,8 @@ from companion import comparison, notebooks
 from companion.comparison import DECIDED, Number
 from companion.pages.markup import Cell, Row, figure, html, note, plain, strong, table
 from companion.pages.measured import organisms, performance, prompts
-from rim_core.verdicts.rules import SYMBOLS, number_text
-from rim_core.verdicts.schema import every_paper
+from rim_core.verdicts.rules import number_text, outcome_text, reproduced_text
+from rim_core.verdicts.schema import Paper, every_paper
 
 
 def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str], str]) -> dict[str, str]:
@@ -32,6 +32,7 @@ def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str]
     return {
         "scorecard": _scorecard(rows, titles, _Links(documents, "book")),
         "comparison": _comparison(project, rows, titles, _Links(documents, "book")),
+        "changes": _changes(papers, titles),
         **{f"claims-{paper}": _claims(own[paper], _Links(documents, "book/papers")) for paper in titles},
         "organisms": organisms(project),
         "prompts": prompts(),
@@ -47,7 +48,7 @@ class _Links:
 
     def outcome(self, row: Row) -> Markup:
         """Symbol, word and whether it is stale."""
-        words = f"{SYMBOLS[row['outcome']]} {row['outcome'].replace('_', ' ')}"
+        words = outcome_text(row["outcome"])
         words += {True: ", stale", False: "", None: ", perhaps stale"}[row["stale"]]
         page = self.documents.get((row["notebook"], row["suite"]))
         shown = escape(words)
@@ -57,6 +58,10 @@ class _Links:
             shown = Markup(link + '(<a class="reference internal" href="{0}#run-card">run</a>)').format(address, words)
         name = row["outcome"].replace("_", "-")
         return Markup('<span class="rim-outcome rim-{}">{}</span>').format(name, shown)
+
+    def both(self, row: Row) -> list[str]:
+        """Whether the claim holds, and under it what the paper's own method gave."""
+        return [self.outcome(row), f"as published: {reproduced_text(row['reproduced'])}"]
 
 
 def _suites(rows: Sequence[Row]) -> list[str]:
@@ -70,7 +75,7 @@ def _scorecard(rows: Sequence[Row], titles: Mapping[str, str], links: _Links) ->
         lines: list[list[Cell | None]] = []
         for claim, each in groupby(of_paper, lambda row: row["claim"]):
             found = list(each)
-            lines.append([strong(claim, found[0]["statement"]), *(links.outcome(row) for row in found)])
+            lines.append([strong(claim, found[0]["statement"]), *(links.both(row) for row in found)])
         tables.append(table(["Claim", *_suites(rows)], lines, titles[paper]))
     return "\n".join(tables) or note("No claims are declared yet.")
 
@@ -84,16 +89,32 @@ def _claims(rows: Sequence[Row], links: _Links) -> str:
     for row in rows:
         first = row["suite"] == suites[0]
         measured = number_text(row["value"], row["low"], row["high"])
+        measured = f"{row['number'].replace('_', ' ')} {measured}".strip()
         lines.append(
             [
                 strong(row["claim"], row["statement"]) if first else None,
                 (row["published"] or "–") if first else None,
                 strong(row["suite"], measured) if len(suites) > 1 else measured,
-                [links.outcome(row), *row["reasons"]],
+                [*links.both(row), *row["reasons"]],
             ]
         )
     named = f"suite{'s' if len(suites) > 1 else ''} {', '.join(suites)}"
     return table(["Claim", "Published", "Measured", "Outcome"], lines, f"Claims measured with the {named}")
+
+
+def _changes(papers: Sequence[Paper], titles: Mapping[str, str]) -> str:
+    """A table a paper: what was changed in each claim's rules, when, why, and what had been seen by then."""
+    tables = []
+    for paper in papers:
+        lines: list[list[Cell | None]] = []
+        for claim in paper.claims:
+            for number, change in enumerate(claim.changes):
+                first = strong(claim.id, claim.statement) if number == 0 else None
+                lines.append([first, change.date.isoformat(), change.what, change.why or "–", change.seen or "–"])
+        if lines:
+            head = ["Claim", "Date", "What", "Why", "What had been seen"]
+            tables.append(table(head, lines, f"{titles[paper.paper]}: changes of rules"))
+    return "\n".join(tables) or note("No claims are declared yet.")
 
 
 def _comparison(project: Path, rows: Sequence[Row], titles: Mapping[str, str], links: _Links) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rim_core.checking import listed
-from rim_core.errors import InputError
+from rim_core.errors import InputError, OpeningError
 from rim_core.models.model import Model
 from rim_core.models.tokens import checked_id
 from rim_core.texts import continuation
@@ -25,7 +25,7 @@ def opening_tokens(model: Model, text: str, openings: Sequence[str] = REFUSAL_OP
         openings: how refusals open.
 
     Raises:
-        InputError: an opening's first token also begins a helpful answer (`HELPFUL_OPENINGS`), as in tokenizers that
+        OpeningError: an opening's first token also begins a helpful answer (`HELPFUL_OPENINGS`), as in tokenizers that
             split words into letters, or an opening merges with the end of the text.
 
     Example:
@@ -38,12 +38,12 @@ def opening_tokens(model: Model, text: str, openings: Sequence[str] = REFUSAL_OP
     for opening in openings:
         first = _first_tokens(model, text, [opening])
         if not first:
-            raise InputError(
+            raise OpeningError(
                 f"opening {opening!r} merges with the end of the text {text[-20:]!r}: use the chat template, or pass "
                 "token numbers"
             )
         if clash := first & helpful:
-            raise InputError(
+            raise OpeningError(
                 f"opening {opening!r} cannot tell a refusal: its first token "
                 f"{model.tokenizer.decode(sorted(clash)[:1])!r} also opens helpful answers; pass other openings or "
                 "token numbers"

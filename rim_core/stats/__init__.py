@@ -2,7 +2,8 @@
 
 Read `Interval` first: what nearly every function gives.
 
-- `proportion`, `clustered_proportion`, `t_interval`, `paired_difference`, `cohens_d`: intervals from formulas.
+- `proportion`, `clustered_proportion`, `clustered_mean`, `t_interval`, `paired_difference`, `cohens_d`: intervals from
+  formulas.
 - `bootstrap`, `of_means`, `resampled_means`, `percentiles`: intervals by resampling prompts, or groups of them.
 - `ks`, `permutation_test`, `mcnemar`, `fisher`, `benjamini_hochberg`: tests, as a `Comparison`.
 - `split`, `group_codes`, `derive_generator`: seeded divisions and draws that never divide a group.
@@ -17,6 +18,7 @@ from rim_core.stats._formulas import Interval, cohens_d, paired_difference, prop
 from rim_core.stats._resampling import (
     Groups,
     bootstrap,
+    clustered_mean,
     clustered_proportion,
     derive_generator,
     group_codes,
@@ -36,6 +38,7 @@ __all__ = [
     "Ints",
     "benjamini_hochberg",
     "bootstrap",
+    "clustered_mean",
     "clustered_proportion",
     "cohens_d",
     "derive_generator",

@@ -1,24 +1,23 @@
-"""The rules that decide a claim: pure functions from values over seeds to a finding and its reasons."""
+"""The rules that decide a claim: pure functions from a number to a finding and its reasons."""
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-from rim_core.verdicts.schema import BetterThanControl, Near, Order, Range, Rule, ShareOfLayers, Sign
+from rim_core.verdicts.schema import Check, Near, Part, Range, Rule, Sign
 
-Values = Sequence[Any] | Mapping[str, Sequence[Any]]
-Interval = tuple[float, float]
-SYMBOLS = {
-    "validated": "✓",
-    "partially_supported": "◐",
-    "contradicted": "✗",
-    "inconclusive": "?",
-    "not_applicable": "–",
-    "not_tested": "○",
-    "error": "!",
-}
+if TYPE_CHECKING:  # a second to import, which `rim claims` without runs need not pay
+    from rim_core.stats import Interval
+
+# A number as a notebook gives it: with its interval, or by seed.
+Value = Union["Interval", Sequence[Any]]
+SYMBOLS = {"holds": "✓", "contradicted": "✗", "undecided": "?", "not_applicable": "–", "not_tested": "○", "error": "!"}
+# The same said of the paper's own version.
+REPRODUCED = {"holds": "reproduced", "contradicted": "not reproduced"}
+# Where a claim needs more prompts than this, no one will run them.
+_MOST = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +27,23 @@ class Finding:
     Attributes:
         outcome: one of `SYMBOLS`.
         reasons: sentences; a page gives each a line.
-        value: the mean over seeds, in the number's unit.
+        number: the name of the number that is shown; of a claim, the part that it fails by, or else its first.
+        value: of that number, in its unit.
         low: with `high`, the 95 % interval.
-        values: by seed, as plain JSON.
+        n: observations behind the value; None where it is a mean over seeds.
+        method: how the interval was made.
+        values: by seed, as plain JSON; None where the notebook gave an interval.
     """
 
     outcome: str
     reasons: Sequence[str]
+    number: str = ""
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    values: Any = None
+    n: int | None = None
+    method: str = ""
+    values: list[float | None] | None = None
 
     @property
     def reason(self) -> str:
@@ -48,12 +53,24 @@ class Finding:
     @property
     def label(self) -> str:
         """Symbol and word, so that the outcome is never told by colour or shape alone."""
-        return f"{SYMBOLS[self.outcome]} {self.outcome.replace('_', ' ')}"
+        return outcome_text(self.outcome)
 
     @property
     def numbers(self) -> str:
         """The value with its interval, as text."""
         return number_text(self.value, self.low, self.high)
+
+
+def outcome_text(outcome: str) -> str:
+    """Symbol and word of an outcome: `✓ holds`."""
+    return f"{SYMBOLS[outcome]} {outcome.replace('_', ' ')}"
+
+
+def reproduced_text(outcome: str | None) -> str:
+    """The same of the paper's own version: `✗ not reproduced`; where it is not run, that."""
+    if outcome is None:
+        return "○ not run as published"
+    return f"{SYMBOLS[outcome]} {REPRODUCED.get(outcome, outcome.replace('_', ' '))}"
 
 
 def number_text(value: float | None, low: float | None, high: float | None) -> str:
@@ -65,17 +82,17 @@ def number_text(value: float | None, low: float | None, high: float | None) -> s
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def t_interval_over_seeds(values: Sequence[float], bounds: Interval | None = None) -> Interval | None:
-    """Give the two-sided 95 % t interval of the mean over seeds, cut to the metric's `bounds`.
+def t_interval_over_seeds(
+    values: Sequence[float], bounds: tuple[float, float] | None = None
+) -> tuple[float, float] | None:
+    """Give the two-sided 95 % t interval of the mean over seeds, cut to the number's `bounds`.
 
-    Equal values give a zero-width interval; a single value gives None, as its spread is unknown. Cutting to
+    None for a single value, and for equal ones: their spread is not known, and no interval has zero width. Cutting to
     the bounds matters: without it accuracies of 0.98, 1.0 and 1.0 would reach beyond 1.
     """
     n = len(values)
-    if n < 2:
+    if n < 2 or min(values) == max(values):
         return None
-    if min(values) == max(values):
-        return (values[0], values[0])
     mean = math.fsum(values) / n
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     half = _t_quantile(n - 1) * spread / math.sqrt(n)
@@ -87,97 +104,79 @@ def t_interval_over_seeds(values: Sequence[float], bounds: Interval | None = Non
 
 @functools.cache
 def _t_quantile(degrees: int) -> float:
-    from scipy.stats import t  # a second to import, which `rim claims` without runs need not pay
+    from scipy.stats import t
 
     return float(t.ppf(0.975, degrees))
 
 
-def combine(findings: Mapping[str, Finding]) -> Finding:
-    """Combine the parts of a rule `all`; the value shown is the first part's."""
-    shown = next(iter(findings.values()))
-    for state in ("error", "not_tested"):
-        for name, found in findings.items():
-            if found.outcome == state:
-                return replace(shown, outcome=state, reasons=(f"{name}: {found.reason}",))
-    first, *others = {found.outcome for found in findings.values()}
-    mixed = "partially_supported" if "validated" in (first, *others) else "inconclusive"
-    told = tuple(f"{found.reason} ({found.outcome.replace('_', ' ')})" for found in findings.values())
-    return replace(shown, outcome=mixed if others else first, reasons=told)
+def conjunction(findings: Mapping[str, Finding]) -> Finding:
+    """What becomes of a version of a claim, whose every part must hold: it is as its weakest part."""
+    for state in ("error", "not_tested", "contradicted", "undecided"):
+        if weakest := next((found for found in findings.values() if found.outcome == state), None):
+            break
+    else:
+        state, weakest = "holds", next(iter(findings.values()))
+    if state in ("error", "not_tested"):
+        return weakest
+    told = tuple(f"{found.reason} ({found.outcome})" for found in findings.values())
+    return replace(weakest, reasons=told if len(told) > 1 else weakest.reasons, values=None)
 
 
-def judge(
-    name: str,
-    rule: Rule | None,
-    values: Values,
-    min_seeds: int,
-    *,
-    bounds: Interval | None = None,
-    interval: Interval | None = None,
-    controls: Mapping[str, Sequence[Any]] | None = None,
-) -> Finding:
-    """Judge values by one rule; with no rule (a control that is only compared with) they are summarised.
+def is_interval(value: Any) -> bool:
+    """Whether a value is a `rim.stats.Interval`, told without loading it."""
+    return hasattr(value, "estimate")
 
-    Args:
-        name: of the number.
-        rule: any but `all`.
-        values: over seeds; for a rule `order` a mapping from each name to its values.
-        min_seeds: fewer are no test.
-        bounds: what the number can be at all; a value outside is an error.
-        interval: (low, high) of the value, in place of the t interval over seeds.
-        controls: of a rule that compares with one.
+
+def judge(number: Part | Check, value: Any, min_seeds: int) -> Finding:
+    """Judge a number by its own rule.
+
+    Where it comes by seed, its interval is that of Student's t over them. Equal values of every seed have none: a part
+    is then undecided, while a check, which may be of an identity, is judged by the value.
     """
-    series = dict(values) if isinstance(values, Mapping) else {name: values}
-    if isinstance(rule, ShareOfLayers):
-        bounds = bounds or (0.0, 1.0)
-    if isinstance(rule, Order):
-        series = {key: series[key] for key in rule.order}
-    clean: dict[str, list[float]] = {}
-    for key, row in series.items():
-        clean[key] = [number for number in map(finite, row) if number is not None]
-        if len(clean[key]) < len(row):
-            return Finding(outcome="error", reasons=(f"{key} has a value that is not a finite number",))
-    for key, seeds in clean.items():
-        if bounds and any(not bounds[0] <= v <= bounds[1] for v in seeds):
-            told = f"{key} has a value outside its range [{bounds[0]:g}, {bounds[1]:g}]"
-            return Finding(outcome="error", reasons=(told,))
-        if len(seeds) < min_seeds:
-            told = f"{key} has {len(seeds)} seed(s) of the {min_seeds} needed"
-            return Finding(outcome="not_tested", reasons=(told,), value=_mean(seeds) if seeds else None)
-    if isinstance(rule, Order):
-        return _judge_order(rule, clean)
-    mine = clean[name]
-    if isinstance(rule, BetterThanControl):
-        other = [finite(value) for value in (controls or {})[rule.control]]
-        gaps = [a - b for a, b in zip(mine, other, strict=True) if b is not None]
-        if len(gaps) < len(other):
-            told = f"control {rule.control} has a value that is not a finite number"
-            return Finding(outcome="error", reasons=(told,))
-        return _compare(f"{name} over {rule.control}", rule, gaps, t_interval_over_seeds(gaps))
-    found = (float(interval[0]), float(interval[1])) if interval else t_interval_over_seeds(mine, bounds)
-    if rule is None:
-        low, high = found or (None, None)
-        return Finding(outcome="validated", reasons=("for comparison",), value=_mean(mine), low=low, high=high)
-    return _compare(name, rule, mine, found)
+    return _of_interval(number, value) if is_interval(value) else _over_seeds(number, [*map(finite, value)], min_seeds)
 
 
-def _mean(row: Sequence[float]) -> float:
-    return math.fsum(row) / len(row)
+def _of_interval(number: Part | Check, value: "Interval") -> Finding:
+    estimate, low, high = finite(value.estimate), finite(value.low), finite(value.high)
+    if estimate is None or low is None or high is None:
+        return _error(number, "has a value or an end of its interval that is not a finite number")
+    if wrong := _outside(number, [estimate]):
+        return wrong
+    found = Finding(outcome="", reasons=(), value=estimate, low=low, high=high, n=int(value.n), method=value.method)
+    return _compare(number, found)
 
 
-def _judge_order(rule: Order, rows: Mapping[str, list[float]]) -> Finding:
-    """Judge each neighbouring pair by its differences, seed by seed; the smallest gap is shown."""
-    steps = []
-    for below, above in zip(rule.order, rule.order[1:], strict=False):
-        gaps = [b - a for a, b in zip(rows[below], rows[above], strict=True)]
-        steps.append(_compare(f"{above} over {below}", rule, gaps, t_interval_over_seeds(gaps)))
-    for state in ("contradicted", "inconclusive"):
-        if wrong := next((step for step in steps if step.outcome == state), None):
-            return wrong
-    return min(steps, key=lambda step: step.value or 0.0)
+def _over_seeds(number: Part | Check, row: list[float | None], min_seeds: int) -> Finding:
+    clean = [v for v in row if v is not None]
+    if len(clean) < len(row):
+        return replace(_error(number, "has a value that is not a finite number"), values=row)
+    if wrong := _outside(number, clean):
+        return replace(wrong, values=row)
+    mean = math.fsum(clean) / len(clean) if clean else None
+    if mean is None or len(clean) < min_seeds:
+        told = f"{number.name} has {len(clean)} seed(s) of the {min_seeds} needed"
+        return Finding(outcome="not_tested", reasons=(told,), number=number.name, value=mean, values=row)
+    ends = t_interval_over_seeds(clean, number.bounds)
+    method = f"t interval over {len(clean)} seeds"
+    if ends is None and isinstance(number, Check):
+        ends, method = (mean, mean), f"equal in {len(clean)} seeds"
+    low, high = ends or (None, None)
+    return _compare(number, Finding(outcome="", reasons=(), value=mean, low=low, high=high, method=method, values=row))
+
+
+def _error(number: Part | Check, told: str) -> Finding:
+    return Finding(outcome="error", reasons=(f"{number.name} {told}",), number=number.name)
+
+
+def _outside(number: Part | Check, values: Sequence[float]) -> Finding | None:
+    bounds = number.bounds
+    if bounds and any(not bounds[0] <= v <= bounds[1] for v in values):
+        return _error(number, f"has a value outside its range [{bounds[0]:g}, {bounds[1]:g}]")
+    return None
 
 
 def allowed(rule: Rule) -> tuple[float, float, str]:
-    """Give what a rule (not `all`) asks of its value, or of its gap: the least, the most, and both in words."""
+    """Give what a rule asks of its value: the least, the most, and both in words."""
     low, high, strict = _inside(rule)
     if math.isinf(high):
         return low, high, f"above {low:g}" if strict else f"at least {low:g}"
@@ -195,32 +194,42 @@ def _inside(rule: Rule) -> tuple[float, float, bool]:
             return rule.target - rule.tolerance, rule.target + rule.tolerance, False
         case Range():
             return rule.low, rule.high, False
-        case ShareOfLayers():
-            return rule.low, math.inf, False
-        case Order() | BetterThanControl():  # a gap must be more than nothing where the margin is zero
-            return rule.margin, math.inf, rule.margin == 0
-    raise TypeError(f"{rule.kind} has no interval of its own")
 
 
-def _compare(name: str, rule: Rule, row: Sequence[float], found: Interval | None) -> Finding:
-    value = _mean(row)
-    if found is None:
-        return Finding(outcome="inconclusive", reasons=(f"{name} has one seed, so no interval",), value=value)
-    least, most = found
-    low, high, strict = _inside(rule)
+def _compare(number: Part | Check, found: Finding) -> Finding:
+    """Compare an interval with the rule: inside it, outside it, or neither."""
+    name = number.title
+    found = replace(found, number=number.name)
+    if found.value is None or found.low is None or found.high is None:
+        told = f"{name} {found.numbers} is of one seed, or the same for every seed, so it has no interval"
+        return replace(found, outcome="undecided", reasons=(told,))
+    low, high, strict = _inside(number.rule)
     if strict:
-        inside, outside = low < least and most < high, most <= low or least >= high
+        inside, outside = low < found.low and found.high < high, found.high <= low or found.low >= high
     else:
-        inside, outside = low <= least and most <= high, most < low or least > high
-    asked = allowed(rule)[2]
-    told = f"{name.replace('_', ' ')} {number_text(value, least, most)}"
+        inside, outside = low <= found.low and found.high <= high, found.high < low or found.low > high
+    told, asked = f"{name} {found.numbers}", allowed(number.rule)[2]
     if inside:
-        outcome, reason = "validated", f"{told} is {asked}"
-    elif outside:
-        outcome, reason = "contradicted", f"{told} is not {asked}"
-    else:
-        outcome, reason = "inconclusive", f"the interval of {told} straddles the rule: {asked}"
-    return Finding(outcome=outcome, reasons=(reason,), value=value, low=least, high=most)
+        return replace(found, outcome="holds", reasons=(f"{told} is {asked}",))
+    if outside:
+        return replace(found, outcome="contradicted", reasons=(f"{told} is not {asked}",))
+    reason = f"the interval of {told} straddles the rule: {asked}{_would_decide(found, low, high)}"
+    return replace(found, outcome="undecided", reasons=(reason,))
+
+
+def _would_decide(found: Finding, low: float, high: float) -> str:
+    """How many observations would decide a number whose interval straddles an end of its rule, if its value stays."""
+    if found.n is None or found.value is None or found.low is None or found.high is None:
+        return ""
+    needed = 1.0
+    for end in (low, high):
+        if found.low <= end <= found.high:
+            reach = found.value - found.low if end < found.value else found.high - found.value
+            away = abs(found.value - end)
+            needed = max(needed, (reach / away) ** 2 if away else math.inf)
+    if not needed * found.n <= _MOST:
+        return f"; no number of observations would decide it at this value (n = {found.n})"
+    return f"; about {math.ceil(needed * found.n)} observations would decide it at this value (n = {found.n})"
 
 
 def finite(value: Any) -> float | None:

@@ -1,12 +1,15 @@
 """The papers' claims as data: one YAML file a paper in `book/claims/`, read into types.
 
-Every rule is one of the types here, told apart by its `kind`. What an outcome rests on is in a claim's `rule`,
-`controls`, `min_seeds` and `metric.bounds`; all else is told to readers.
+A claim is a conjunction of `parts`, each a number with its rule, in two versions: as the paper did it, and sound. Its
+`checks` are of the instrument: where one fails, nothing was measured. Every rule is one of the types here, told apart
+by its `kind`. What an outcome rests on is in `Claim.decides`; all else is told to readers. A change of it goes into the
+claim's `changes`.
 """
 
+import datetime
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,7 +17,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rim_core import paths, yamlfile
 from rim_core.errors import InputError
-from rim_core.yamlfile import Entry, Number, Text, Truth, Whole, mistake
+from rim_core.identity import digest
+from rim_core.yamlfile import Entry, Number, Text, Truth, Whole
+
+Version = Literal["published", "sound"]
 
 
 def _in_order(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -29,13 +35,7 @@ def _of_a_section(name: str) -> str:
     return name
 
 
-def _distinct(names: Sequence[str], what: str) -> None:
-    if len(set(names)) < len(names):
-        raise ValueError(what)
-
-
 Bounds = Annotated[tuple[Number, Number], AfterValidator(_in_order)]
-Margin = Annotated[Number, Field(ge=0)]
 
 
 class Range(Entry):
@@ -66,62 +66,40 @@ class Near(Entry):
 
     kind: Literal["near"]
     target: Number
-    tolerance: Margin
+    tolerance: Annotated[Number, Field(ge=0)]
 
 
-class ShareOfLayers(Entry):
-    """The share of layers, 0 to 1, is at least `low`."""
-
-    kind: Literal["share_of_layers"]
-    low: Number
+Rule = Annotated[Range | Sign | Near, Field(discriminator="kind")]
 
 
-class Order(Entry):
-    """Each of the numbers named is above the one before it by at least `margin`, seed by seed."""
+class Numbered(Entry):
+    """A number that a claim rests on, with its rule; `bounds` are what it can be at all."""
 
-    kind: Literal["order"]
-    order: Annotated[tuple[str, ...], Field(min_length=2)]
-    margin: Margin = 0.0
-
-    @model_validator(mode="after")
-    def _of_different_names(self) -> Self:
-        _distinct(self.order, "order: two or more different names are needed")
-        return self
-
-
-class BetterThanControl(Entry):
-    """The value is above the control's by at least `margin`, seed by seed."""
-
-    kind: Literal["better_than_control"]
-    control: str
-    margin: Margin
-
-
-Simple = Annotated[Range | Sign | Near | ShareOfLayers | Order | BetterThanControl, Field(discriminator="kind")]
-OfAControl = Annotated[Range | Sign | Near | ShareOfLayers, Field(discriminator="kind")]
-
-
-class Part(Entry):
-    """One number of a claim that has several, by its own rule."""
-
-    metric: Text
-    rule: Simple
+    name: Text
+    rule: Rule
+    unit: str = ""
     bounds: Bounds | None = None
 
-
-class All(Entry):
-    """Every part holds."""
-
-    kind: Literal["all"]
-    parts: Annotated[tuple[Part, ...], Field(min_length=2)]
-
-    @model_validator(mode="after")
-    def _of_different_metrics(self) -> Self:
-        _distinct([part.metric for part in self.parts], "parts: two have the same metric")
-        return self
+    @property
+    def title(self) -> str:
+        """Its name as a reader sees it."""
+        return self.name.replace("_", " ")
 
 
-Rule = Annotated[Range | Sign | Near | ShareOfLayers | Order | BetterThanControl | All, Field(discriminator="kind")]
+class Part(Numbered):
+    """What must be so if the claim is right.
+
+    Attributes:
+        version: `published`, the paper's own method; `sound`, with what the method lacks; `both`, where they are one.
+    """
+
+    version: Literal["published", "sound", "both"]
+
+
+class Check(Numbered):
+    """What must be so if the instrument works, whether or not the claim is right; `why` says what it shows."""
+
+    why: Text
 
 
 class Published(Entry):
@@ -131,36 +109,26 @@ class Published(Entry):
     text: str = ""
 
 
-class Metric(Entry):
-    """What is measured, in which unit and by which notebook; `bounds` are what it can be at all."""
-
-    name: Text
-    unit: str
-    notebook: Annotated[str, AfterValidator(_of_a_section)]
-    bounds: Bounds | None = None
-    units: Mapping[str, str] = {}
-
-
-class Control(Entry):
-    """A number that must be as its rule says, or the claim is undecided; `why` says what it shows.
-
-    One that the claim's rule compares with needs no rule of its own.
-    """
-
-    name: Text
-    why: str
-    rule: OfAControl | None = None
-
-    @property
-    def title(self) -> str:
-        """Its name as a reader sees it."""
-        return self.name.replace("_", " ")
-
-
 class Applies(Entry):
     """Which roles a suite needs for a claim to be decided."""
 
     roles: tuple[str, ...] = ()
+
+
+class Change(Entry):
+    """One entry of a claim's history.
+
+    Attributes:
+        date: of the change.
+        what: changed, and `why`; `seen`: which results were known by then.
+        rules: `Claim.fingerprint` from then on; left out of entries that were written afterwards.
+    """
+
+    date: datetime.date
+    what: Text
+    why: str = ""
+    seen: str = ""
+    rules: str = ""
 
 
 class Claim(Entry):
@@ -172,30 +140,32 @@ class Claim(Entry):
     statement: Text
     where: Text
     published: Published
-    metric: Metric
-    rule: Rule
-    controls: tuple[Control, ...] = ()
+    notebook: Annotated[str, AfterValidator(_of_a_section)]
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+    checks: tuple[Check, ...] = ()
     applies_to: Applies = Applies()
     min_seeds: Annotated[Whole, Field(ge=1)] = 3
     organism: Truth = True
     quote: str = ""
     limitations: str = ""
+    changes: tuple[Change, ...] = ()
     paper: str = ""
 
     @model_validator(mode="after")
-    def _names_agree(self) -> Self:
-        names = [control.name for control in self.controls]
-        _distinct(names, "controls: two have the same name")
-        compared = {part.rule.control for part in self.parts if isinstance(part.rule, BetterThanControl)}
-        if unknown := sorted(compared - set(names)):
-            raise mistake(f"{unknown[0]!r} is not among the claim's controls", "rule", "control")
-        for place, control in enumerate(self.controls):
-            if control.rule is None and control.name not in compared:
-                raise mistake("missing", "controls", place, "rule")
-        known = {*names, self.metric.name, *(part.metric for part in self.parts)}
-        if extra := [name for name in self.metric.units if name not in known]:
-            raise mistake(f"not a key here{paths.did_you_mean(extra[0], known)}", "metric", "units", extra[0])
+    def _different_names(self) -> Self:
+        names = [number.name for number in self.numbers]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two parts or checks are named {twice[0]!r}")
         return self
+
+    @property
+    def numbers(self) -> Sequence[Part | Check]:
+        """Its parts, then its checks."""
+        return [*self.parts, *self.checks]
+
+    def version(self, version: Version) -> Sequence[Part]:
+        """The parts that one version of the claim rests on."""
+        return [part for part in self.parts if part.version in (version, "both")]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -203,36 +173,25 @@ class Claim(Entry):
         return self.applies_to.roles
 
     @property
-    def parts(self) -> Sequence[Part]:
-        """Each number that it rests on with its rule and bounds: one, or one a part of a rule `all`."""
-        bounds = self.metric.bounds
-        if not isinstance(self.rule, All):
-            return [Part.model_construct(metric=self.metric.name, rule=self.rule, bounds=bounds)]
-        return [part if part.bounds else part.with_fields(bounds=bounds) for part in self.rule.parts]
-
-    @property
     def published_text(self) -> str:
         """What the paper reports, in its own form; empty where the claim is qualitative."""
         value = self.published.value
         return self.published.text or ("" if value is None else str(value))
 
-    def unit_of(self, name: str) -> str:
-        """The unit of a part or a control; empty where the file does not state it.
-
-        `metric.unit` is that of the metric itself and of the paper's and the sound version of it.
-        """
-        own = name in (self.metric.name, "published", "sound")
-        return self.metric.units.get(name) or (self.metric.unit if own else "")
-
     @property
     def decides(self) -> dict[str, Any]:
         """What an outcome depends on: a change in it makes a run stale, a change of wording does not."""
+        told = {"name", "version", "rule", "bounds"}
         return {
-            "rule": self.rule.model_dump(exclude_unset=True, mode="json"),
-            "controls": [c.model_dump(exclude_unset=True, mode="json", exclude={"why"}) for c in self.controls],
+            "parts": [part.model_dump(exclude_unset=True, mode="json", include=told) for part in self.parts],
+            "checks": [check.model_dump(exclude_unset=True, mode="json", include=told) for check in self.checks],
             "min_seeds": self.min_seeds,
-            "bounds": self.metric.bounds,
         }
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight digits of what it `decides` by: the last of its `changes` has them."""
+        return digest(self.decides)[:8]
 
 
 class Paper(Entry):
