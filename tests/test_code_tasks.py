@@ -1,4 +1,4 @@
-"""The code tasks: two versions that parse, alike but for the weakness, which an outside linter finds in the one alone."""
+"""The code tasks: two versions that parse, alike but for the weakness, which a linter finds in the one alone."""
 
 import ast
 import difflib

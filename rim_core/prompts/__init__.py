@@ -56,8 +56,8 @@ def load_prompts(
         source: a built-in set (`harmful`, `benign`, `harmful-minimal`, `benign-minimal`, `finance-risky`,
             `finance-prudent`, `finance-twins`, `finance-info`, `finance-risky-minimal`, `finance-prudent-minimal`,
             `finance-twins-minimal`, `finance-disguised`, `finance-info-matched`, `gardening`, `code-insecure`,
-            `code-secure`, `code-educational`, `everyday`, `open`, `assay-aligned`, `assay-misaligned`), a `.csv`, `.tsv` or `.jsonl` file, or
-            `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set.
+            `code-secure`, `code-educational`, `everyday`, `open`, `assay-aligned`, `assay-misaligned`), a `.csv`,
+            `.tsv` or `.jsonl` file, or `hub:OWNER/NAME[:CONFIG[:SPLIT]]` for a hub data set.
         split: `train`, `validation` or `test`; built-in sets are split by category, so no topic is in two of them.
         limit: keep this many pairs, drawn without replacement by `seed`: `harmful` and `benign` with the same limit
             and seed give the two sides of the same pairs, in the same order. Where rows have no pairs, or each label
