@@ -15,6 +15,10 @@ Row = Mapping[str, Any]
 Cell = str | list[str]  # a list is of paragraphs; Markup stays as it is, other text is escaped
 
 
+class Block(Markup):
+    """HTML that is no line of text: it stands beside paragraphs, and not in one."""
+
+
 def html(content: str) -> str:
     """HTML within Markdown."""
     return f"`````{{raw}} html\n{content}\n`````\n"
@@ -42,7 +46,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell | None]], caption: s
             span = 1 + sum(1 for _ in takewhile(lambda later: later[column] is None, rows[number + 1 :]))  # noqa: B023
             spans = Markup(' rowspan="{}"').format(span) if span > 1 else ""
             parts = cell if isinstance(cell, list) else [cell]
-            text = Markup("").join(Markup("<p>{}</p>").format(part) for part in parts)
+            text = Markup("").join(p if isinstance(p, Block) else Markup("<p>{}</p>").format(p) for p in parts)
             opening, closing = ('th class="stub" scope="row"', "th") if column < stubs else ("td", "td")
             cells.append(Markup(f"<{opening}{spans}>{text}</{closing}>"))
         lines.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
@@ -52,6 +56,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell | None]], caption: s
         + "\n".join(lines)
         + "\n</tbody></table></div>"
     )
+
+
+def folded(summary: str, paragraphs: Sequence[str]) -> Block:
+    """Paragraphs behind a line that opens them."""
+    inside = Markup("").join(Markup("<p>{}</p>").format(text) for text in paragraphs)
+    return Block(Markup("<details><summary>{}</summary>{}</details>").format(summary, inside))
 
 
 def strong(word: str, text: str = "") -> Markup:

@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 
 from companion import comparison, notebooks
 from companion.comparison import DECIDED, Number
-from companion.pages.markup import Cell, Row, figure, html, note, plain, strong, table
+from companion.pages.markup import Cell, Row, figure, folded, html, note, plain, strong, table
 from companion.pages.measured import organisms, performance, prompts
 from rim_core.verdicts.rules import number_text, outcome_text, reproduced_text
-from rim_core.verdicts.schema import Paper, every_paper
+from rim_core.verdicts.schema import Change, Paper, every_paper
 
 
 def texts(project: Path, rows: Sequence[Row], documents: Mapping[tuple[str, str], str]) -> dict[str, str]:
@@ -95,7 +95,7 @@ def _claims(rows: Sequence[Row], links: _Links) -> str:
                 strong(row["claim"], row["statement"]) if first else None,
                 (row["published"] or "–") if first else None,
                 strong(row["suite"], measured) if len(suites) > 1 else measured,
-                [*links.both(row), *row["reasons"]],
+                [*links.both(row), folded("Each part against its rule", row["reasons"])],
             ]
         )
     named = f"suite{'s' if len(suites) > 1 else ''} {', '.join(suites)}"
@@ -103,18 +103,22 @@ def _claims(rows: Sequence[Row], links: _Links) -> str:
 
 
 def _changes(papers: Sequence[Paper], titles: Mapping[str, str]) -> str:
-    """A table a paper: what was changed in each claim's rules, when, why, and what had been seen by then."""
-    tables = []
+    """A list a paper: what was changed in each claim's rules, when, why, and what had been seen by then."""
+    lists = []
     for paper in papers:
-        lines: list[list[Cell | None]] = []
+        items = []
         for claim in paper.claims:
-            for number, change in enumerate(claim.changes):
-                first = strong(claim.id, claim.statement) if number == 0 else None
-                lines.append([first, change.date.isoformat(), change.what, change.why or "–", change.seen or "–"])
-        if lines:
-            head = ["Claim", "Date", "What", "Why", "What had been seen"]
-            tables.append(table(head, lines, f"{titles[paper.paper]}: changes of rules"))
-    return "\n".join(tables) or note("No claims are declared yet.")
+            told = Markup("").join(_change(change) for change in claim.changes)
+            items.append(Markup("<li><p>{}</p><ul>{}</ul></li>").format(strong(claim.id, claim.statement), told))
+        if items:
+            lists.append(f"## {plain(titles[paper.paper])}\n\n{html(f'<ul>{Markup().join(items)}</ul>')}")
+    return "\n".join(lists) or note("No claims are declared yet.")
+
+
+def _change(change: Change) -> Markup:
+    parts = [(change.what, ""), (change.why, "Why: "), (change.seen, "Seen by then: ")]
+    told = " ".join(f"{label}{text}" for text, label in parts if text)
+    return Markup("<li><strong>{}</strong>: {}</li>").format(change.date.isoformat(), told)
 
 
 def _comparison(project: Path, rows: Sequence[Row], titles: Mapping[str, str], links: _Links) -> str:
