@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tiny_project
 import yaml
 from altair.vegalite.v6 import display
 
@@ -17,6 +18,7 @@ from companion.pages import build, markup, scorecard, staging
 from rim_core.errors import InputError, RimError
 from rim_core.identity import ADAPTER_FILE
 from rim_core.suites.schema import RECORD
+from rim_core.verdicts.schema import every_paper
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = "self_aware/01_linear_probes"
@@ -111,6 +113,19 @@ def test_the_card_tells_what_the_models_were_and_what_the_run_took(project):
     assert f"base: owner/name@main ({'c' * 12}); risky: folder mine ({'b' * 12})" in card
 
 
+def test_changes_of_rules_are_told_claim_by_claim(tmp_path):
+    changes = (
+        "    changes:\n      - {date: 2026-11-21, what: First <b> written.}\n"
+        "      - {date: 2026-11-30, what: Another bound., why: A review., seen: All values., rules: abc}\n"
+    )
+    (tmp_path / "paper_a.yml").write_text(tiny_project.CLAIMS + changes, encoding="utf-8")
+    text = scorecard._changes(every_paper(tmp_path), {"paper_a": "A. A paper"})
+    assert "## A\\. A paper" in text
+    assert "<p><strong>A1</strong> The number is large.</p>" in text
+    assert "<strong>2026-11-21</strong>: First &lt;b&gt; written." in text
+    assert "<strong>2026-11-30</strong>: Another bound. Why: A review. Seen by then: All values." in text
+
+
 def test_an_experiment_that_a_suite_cannot_serve_says_which_role_it_lacks(project):
     claims = project / "book" / "claims"
     claims.mkdir(parents=True)
@@ -195,7 +210,7 @@ def test_tables_escape_what_they_are_given_and_lead_to_the_pages():
     links = scorecard._Links({("one/x", "s"): "book/experiments/one/x"}, "book/papers")
     text = scorecard._claims([row, {**row, "suite": "t", "stale": False}], links)
     assert "<strong>C1</strong> a &lt;b&gt; &amp; c" in text
-    assert "<p>--suite &lt;i&gt;</p>" in text
+    assert "<details><summary>Each part against its rule</summary><p>--suite &lt;i&gt;</p></details>" in text
     assert 'href="../experiments/one/x.html#run-card">run</a>' in text
     assert "holds, stale" in text
     assert "<p>as published: ✗ not reproduced</p>" in text

@@ -82,8 +82,10 @@ def proportion(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """
     hits, of = share(successes, n, "proportion")
     level = coverage(level)
-    ends = scipy.stats.binomtest(hits, of).proportion_ci(level, method="exact")
-    return Interval(hits / of, float(ends.low), float(ends.high), of, level, "Clopper-Pearson")
+    half = (1 + level) / 2
+    low = float(scipy.stats.beta.ppf(1 - half, hits, of - hits + 1)) if hits else 0.0
+    high = float(scipy.stats.beta.ppf(half, hits + 1, of - hits)) if hits < of else 1.0
+    return Interval(hits / of, low, high, of, level, "Clopper-Pearson")
 
 
 def t_interval(values: ArrayLike, *, level: float = 0.95) -> Interval:
