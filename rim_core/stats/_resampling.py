@@ -150,7 +150,7 @@ def clustered_mean(
     Example:
         >>> topics = ["tax", "loans", "pensions", "trading"] * 5
         >>> print(rim.stats.clustered_mean([0.5, 0.75, 1, 1] * 5, topics, bounds=(0, 1)))
-        0.812 (95% 0.436 to 1, n=20)
+        0.812 (95% 0.432 to 1, n=20)
     """
     data = sample(values, "clustered_mean: values", 2, ("[n]", "[n, column]"))
     level, n = coverage(level), len(data)
