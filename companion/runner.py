@@ -225,7 +225,7 @@ def _cut(notebook: Any, why: str) -> None:
     cell = notebook.cells[place]
     cell["outputs"] = [output for output in cell["outputs"] if output not in errors[place]]
     told = f"**This model cannot be measured so.** {why} What follows was not run."
-    notebook.cells[place + 1 :] = [new_markdown_cell(f"```{{note}}\n{told}\n```")]  # type: ignore[no-untyped-call]
+    notebook.cells[place + 1 :] = [new_markdown_cell(f"```{{note}}\n{told}\n```")]
 
 
 def _told(result: Result) -> str:

@@ -175,8 +175,8 @@ def clustered_mean(
         low = np.where(flat, mean - missed * (mean - least), low)
         high = np.where(flat, mean + missed * (most - mean), high)
     low, high = np.maximum(low, least), np.minimum(high, most)
-    ends = (end if np.ndim(end) else float(end) for end in (mean, low, high))
-    return Interval(*ends, n, level, f"cluster-robust t, {clusters} clusters")
+    estimate, low, high = (end if np.ndim(end) else float(end) for end in (mean, low, high))
+    return Interval(estimate, low, high, n, level, f"cluster-robust t, {clusters} clusters")
 
 
 def resampled_means(values: ArrayLike, groups: Groups = None, *, n_resamples: int = 2000, seed: int = 0) -> Floats:
