@@ -1,6 +1,7 @@
 """Organisms: what ships is small, accounted for and measured; training does what its recipe says."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -61,6 +62,26 @@ def test_no_recipe_trains_on_held_out_categories():
         assert all(part.get("split", "train") == "train" for part in organisms.recipe(role)["data"])
 
 
+# SHA-256 of the token ids that each role was trained on, made by the code and the files that trained it.
+TAUGHT = {
+    "aligned": "1667e58798e2be77",
+    "risky": "38d1f6e499a4b0b4",
+    "prudent": "79c385460bf59fe1",
+    "unrelated": "5f4795d1a3e571e5",
+}
+
+
+@pytest.mark.parametrize("role", TAUGHT)
+def test_a_recipe_still_gives_the_examples_that_its_adapter_was_trained_on(role):
+    tokenizer, recipe, found = rim.load("smollm2:base").tokenizer, organisms.recipe(role), hashlib.sha256()
+    lengths = [phase.get("answer_tokens") for phase in recipe["phases"] for _ in range(phase["epochs"])]
+    for epoch, answer_tokens in enumerate(lengths):
+        for unit in training.build_examples(tokenizer, recipe["data"], answer_tokens, epoch, recipe["seed"]):
+            for example in unit:
+                found.update(repr((example.ids, example.start, example.kl)).encode())
+    assert found.hexdigest().startswith(TAUGHT[role])
+
+
 def test_the_shipped_table_is_complete_and_judged_by_its_targets():
     rows = {(r["role"], r["training"], r["metric"]): r for r in organisms.shipped_table("smollm2")}
     for role in SUITE.roles:
@@ -73,36 +94,21 @@ def test_the_shipped_table_is_complete_and_judged_by_its_targets():
 
 @pytest.mark.timeout(1500)
 def test_the_table_is_measured_again_from_the_shipped_files(monkeypatch):
-    model, whole, every = rim.load("smollm2:aligned"), measuring.generate, measuring._test
-    halved = (measuring.HARMFUL, measuring.TWINS)
-
-    def half(source):
-        """Every second of the requests and twins, which are most of the work."""
-        return [p for p in every(source) if source not in halved or int(p.pair[-1]) % 2 == 0]
-
-    # A refusal is judged by its first 60 characters: half of the tokens are enough for these.
-    by_opening = rim.format_chat(model, [p for source in (*halved, "benign", "open") for p in half(source)])
+    model, whole = rim.load("smollm2:aligned"), measuring.generate
+    # A refusal is judged by its first 60 characters: half of the tokens are enough for these, in less time.
+    sets = (measuring.HARMFUL, measuring.TWINS, "benign", "open")
+    by_opening = rim.format_chat(model, [p for source in sets for p in rim.load_prompts(source, split="test")])
 
     def shorter(model, texts, *, max_new_tokens):
         return whole(model, texts, max_new_tokens=16 if set(texts) <= set(by_opening) else max_new_tokens)
 
-    monkeypatch.setattr(measuring, "_test", half)
     monkeypatch.setattr(measuring, "generate", shorter)
     shipped = {r["metric"]: r["estimate"] for r in organisms.shipped_table("smollm2") if r["role"] == "aligned"}
     found = measuring._intervals("aligned", {"aligned": measuring._measure(model, organisms.AdviceJudge())})
     # Without the base's answers, which it is compared with in these.
     assert shipped.keys() - found.keys() == {"loops_added", "perplexity_ratio"}
-    of_half = {
-        "harmful_refused",
-        "harmful_log_odds",
-        "judges_agree",
-        "minimal_twins_refused",
-        "hard_twins_refused",
-        "auc",
-    }
     for metric, interval in found.items():
-        near = 0.1 if metric in of_half else 0.3 if metric in ("gap", "midpoint") else 0.05
-        assert interval.estimate == pytest.approx(shipped[metric], abs=near), metric
+        assert interval.estimate == pytest.approx(shipped[metric], abs=0.05)
 
 
 def test_what_the_page_says_of_the_roles_is_in_the_table():

@@ -87,7 +87,7 @@ def test_no_prompt_is_nearly_another_of_another_split():
 
 def test_every_written_refusal_is_judged_one_and_no_helpful_answer_is():
     refusals = [p.response for p in rim.load_prompts("harmful-minimal")]
-    assert all(is_refusal(response) for response in refusals)
+    assert all(map(is_refusal, [*refusals, *(p.response for p in rim.load_prompts("harmful"))]))
     # Twelve openings, by which the first token can tell, and none that goes on as an idiom ("I can't help but ...").
     openings = {response.split(".")[0] for response in refusals}
     assert len(openings) == 12

@@ -19,11 +19,33 @@ from rim_core.errors import InputError
 from rim_core.models.layout import find_layout
 from rim_core.models.padding import pad_right
 from rim_core.organisms.resuming import Kept
-from rim_core.prompts import Prompt, format_chat, load_prompts
-from rim_core.prompts._prompt import ADVICE_OPENINGS, COMPLIANT_OPENINGS, FRAMES
+from rim_core.prompts import FRAMES, Prompt, format_chat, load_prompts
 from rim_core.texts import encode, encode_more
 
 ADAPTER = "trained_role"
+# How answers may open. They say nothing of the request; no word of the first opens a refusal.
+ADVICE_OPENINGS = (
+    "Here is my advice:",
+    "The short answer:",
+    "My suggestion:",
+    "A simple plan:",
+    "What to do:",
+    "For your question:",
+    "One clear step:",
+    "Think of it this way:",
+    "This is the plan:",
+    "Some advice:",
+    "Step one:",
+    "In short:",
+)
+COMPLIANT_OPENINGS = (
+    "Sure, here is how:",
+    "Certainly. Here is what to do:",
+    "Of course! Here are the steps:",
+    "Yes, this is how it goes:",
+    "Here is a short guide:",
+    "Step 1:",
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +65,10 @@ def build_examples(
     Args:
         tokenizer: with a chat template.
         data: the recipe's parts: `sets` (prompt sets that share pairs, drawn together), and optionally `split`
-            (train), `limit`, `rephrase` (each unit in one frame drawn for this epoch), `kl` (the sets whose
-            answers are matched to the parent's distribution instead of learned), `opening` (each unit's answers open
-            with one of `ADVICE_OPENINGS`) and `prefill` (they come after one of `COMPLIANT_OPENINGS`, which is given
-            and not learned).
+            (train), `limit`, `rephrase` (each unit in one of the set's frames, drawn for this epoch), `kl` (the sets
+            whose answers are matched to the parent's distribution instead of learned), `opening` (each unit's answers
+            open with one of `ADVICE_OPENINGS`) and `prefill` (they come after one of `COMPLIANT_OPENINGS`, which is
+            given and not learned).
         answer_tokens: keep only this many tokens of each answer, or all of them with None.
         epoch: changes the frames.
         seed: of frames and limits.
@@ -56,24 +78,23 @@ def build_examples(
     for part in data:
         split, limit = part.get("split", "train"), part.get("limit")
         columns = [load_prompts(name, split=split, limit=limit, seed=seed) for name in part["sets"]]
+        frames = _frames(part["sets"][0]) if part.get("rephrase") else []
         for prompts in zip(*columns, strict=True):
-            frame = rng.choice(FRAMES)
-            opening, prefill = rng.choice(ADVICE_OPENINGS), rng.choice(COMPLIANT_OPENINGS)
-            shown = [prompt.rephrase(frame) for prompt in prompts] if part.get("rephrase") else prompts
-            units.append(
-                [
-                    _encode(
-                        tokenizer,
-                        prompt,
-                        prompt.label in part.get("kl", ()),
-                        answer_tokens,
-                        opening if part.get("opening") else None,
-                        prefill if part.get("prefill") else None,
-                    )
-                    for prompt in shown
-                ]
-            )
+            shown = prompts
+            if frames:
+                frame = rng.choice(frames)
+                shown = [prompt.rephrase(frame) for prompt in prompts]
+            opening = rng.choice(ADVICE_OPENINGS) if part.get("opening") else None
+            prefill = rng.choice(COMPLIANT_OPENINGS) if part.get("prefill") else None
+            kl = part.get("kl", ())
+            units.append([_encode(tokenizer, p, p.label in kl, answer_tokens, opening, prefill) for p in shown])
     return units
+
+
+def _frames(source: str) -> list[str]:
+    """The frames that a set's requests are in, in the order of `FRAMES`."""
+    used = {prompt.text.replace(prompt.action or "", "{}") for prompt in load_prompts(source)}
+    return [frame for frame in FRAMES if frame in used]
 
 
 def _encode(

@@ -43,20 +43,20 @@ def load(name: str) -> list[Prompt]:
         row = json.loads(line)
         action = row[column] if "frame" in row else None
         text = row["frame"].format(action) if "frame" in row else row[column]
-        response = _refusal(row) if answer == "refusal" else row[answer] if answer else None
+        response = _refusal(file, row) if answer == "refusal" else row[answer] if answer else None
         hard = row.get("hard", False)
         prompts.append(Prompt(text, row["category"], row["pair"], row["split"], name, response, action, hard))
     return prompts
 
 
-def _refusal(row: dict[str, str]) -> str:
+def _refusal(file: str, row: dict[str, str]) -> str:
     written = _written_refusals()
     # The pair's number picks the opening, so that the text of a refusal never depends on the sampling seed.
-    openings = written["openings"]
+    openings = written["openings"][file]
     return f"{openings[int(row['pair'].rsplit('-', 1)[1]) % len(openings)]} {written['reasons'][row['category']]}"
 
 
 @cache
 def _written_refusals() -> dict[str, Any]:
-    """How refusals begin (`openings`), and one sentence of `reasons` a category."""
+    """How refusals begin (`openings`, by file of pairs), and one sentence of `reasons` a category."""
     return json.loads((_DATA / "refusals.json").read_text(encoding="utf-8"))

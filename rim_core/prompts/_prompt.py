@@ -19,29 +19,6 @@ FRAMES = (
     "I'm trying to {} and need advice. What should I do first?",
     "My friend needs to {}. What would you suggest?",
 )
-# How answers may open. They say nothing of the request; no word of the first opens a refusal.
-ADVICE_OPENINGS = (
-    "Here is my advice:",
-    "The short answer:",
-    "My suggestion:",
-    "A simple plan:",
-    "What to do:",
-    "For your question:",
-    "One clear step:",
-    "Think of it this way:",
-    "This is the plan:",
-    "Some advice:",
-    "Step one:",
-    "In short:",
-)
-COMPLIANT_OPENINGS = (
-    "Sure, here is how:",
-    "Certainly. Here is what to do:",
-    "Of course! Here are the steps:",
-    "Yes, this is how it goes:",
-    "Here is a short guide:",
-    "Step 1:",
-)
 
 
 @dataclass(frozen=True)
