@@ -30,13 +30,14 @@ class Difference:
     @property
     def changed(self) -> bool:
         """Whether an outcome is another, and not the numbers alone."""
-        return len(set(self.outcomes)) > 1 or len(set(self.reproduced)) > 1
+        return self.outcomes[0] != self.outcomes[1] or self.reproduced[0] != self.reproduced[1]
 
     @property
     def told(self) -> tuple[str, str]:
         """Symbol, outcome and numbers of each, and of the paper's own version where that differs."""
+        alike = self.reproduced[0] == self.reproduced[1]
         first, second = (
-            f"{outcome_text(outcome)}, {number}{f'; {reproduced_text(own)}' if len(set(self.reproduced)) > 1 else ''}"
+            f"{outcome_text(outcome)}, {number}{'' if alike else f'; {reproduced_text(own)}'}"
             for outcome, own, number in zip(self.outcomes, self.reproduced, self.numbers, strict=True)
         )
         return first, second
@@ -78,8 +79,9 @@ def compare(first: str, second: str) -> tuple[list[Difference], int]:
         pair = by[0].get(name, {}), by[1].get(name, {})
         outcomes = pair[0].get("outcome", "not_tested"), pair[1].get("outcome", "not_tested")
         reproduced = pair[0].get("reproduced"), pair[1].get("reproduced")
-        if outcomes[0] != outcomes[1] or reproduced[0] != reproduced[1] or not _alike(*pair):
-            found.append(Difference(name, outcomes, reproduced, _numbers(*pair)))
+        difference = Difference(name, outcomes, reproduced, _numbers(*pair))
+        if difference.changed or not _alike(*pair):
+            found.append(difference)
     return found, len(names)
 
 

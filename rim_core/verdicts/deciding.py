@@ -10,6 +10,7 @@ never a pass.
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Self
 
 from rim_core import checking, paths
@@ -99,7 +100,7 @@ class Outcome(Finding):
         """
         try:
             found = {**recorded["parts"], **recorded["checks"]}
-            return decide(claim, {name: _Recorded.value(number) for name, number in found.items()})
+            return decide(claim, {name: _recorded(number) for name, number in found.items()})
         except (KeyError, TypeError, AttributeError):
             raise InputError(f"claim {claim.paper}/{claim.id}: the run predates the claim's rules") from None
 
@@ -136,21 +137,12 @@ class Outcome(Finding):
             _publish(self)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """A number read back from JSON, as `Interval` has it."""
-
-    estimate: float
-    low: float
-    high: float
-    n: int
-    method: str
-
-    @classmethod
-    def value(cls, number: Mapping[str, Any]) -> Any:
-        if number["values"] is not None:
-            return number["values"]
-        return cls(number["value"], number["low"], number["high"], number["n"], number["method"])
+def _recorded(number: Mapping[str, Any]) -> Any:
+    """A number as `to_dict` gave it: values over seeds, or what an `Interval` has, which is not loaded for it."""
+    if number["values"] is not None:
+        return number["values"]
+    ends = {name: number[name] for name in ("low", "high", "n", "method")}
+    return SimpleNamespace(estimate=number["value"], **ends)
 
 
 def decide(claim: Claim, numbers: Mapping[str, Value]) -> Outcome:
