@@ -80,10 +80,8 @@ def build_examples(
         columns = [load_prompts(name, split=split, limit=limit, seed=seed) for name in part["sets"]]
         frames = _frames(part["sets"][0]) if part.get("rephrase") else []
         for prompts in zip(*columns, strict=True):
-            shown = prompts
-            if frames:
-                frame = rng.choice(frames)
-                shown = [prompt.rephrase(frame) for prompt in prompts]
+            frame = rng.choice(frames) if frames else None
+            shown = [prompt.rephrase(frame) if frame else prompt for prompt in prompts]
             opening = rng.choice(ADVICE_OPENINGS) if part.get("opening") else None
             prefill = rng.choice(COMPLIANT_OPENINGS) if part.get("prefill") else None
             kl = part.get("kl", ())
