@@ -497,3 +497,132 @@ def test_attribution_inside_an_adapter_with_tokens_of_its_own(bases, tmp_path):
         found = rim.direct_logit_attribution(model, [TEXTS[0]], toward=3, against=9)
         given = logits(model.hf, model.tokenizer([TEXTS[0]], return_tensors="pt").input_ids)[0, -1]
         assert float(found.logit_difference[0]) == pytest.approx(float(given[3] - given[9]), rel=1e-3)
+
+
+LINEAR = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def loras(bases, tmp_path_factory):
+    """A model, two adapters of different ranks and places, and plain transformers' model of the base."""
+    _, model, reference = bases()
+    parent = tmp_path_factory.mktemp("two")
+    first = LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, task_type="CAUSAL_LM")
+    second = LoraConfig(r=2, lora_alpha=6, target_modules=LINEAR[:3], task_type="CAUSAL_LM")
+    folders = [write_adapter(reference, c, parent / str(n), seed=n) for n, c in enumerate((first, second))]
+    return model, *folders, reference
+
+
+def merged(reference, *parts):
+    """The base with products of matrices added by hand: of each adapter the modules that `wanted(layer, name)`."""
+    hf = copy.deepcopy(reference)
+    for folder, scale, wanted in parts:
+        tensors, config = load_file(folder / ADAPTER_FILE), json.loads((folder / "adapter_config.json").read_text())
+        for key, a in tensors.items():
+            if key.endswith("lora_A.weight"):
+                path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                if wanted(int(path.split(".")[2]), path.rpartition(".")[2]):
+                    b = tensors[key.replace("lora_A", "lora_B")]
+                    hf.get_submodule(path).weight.data += scale * config["lora_alpha"] / config["r"] * b @ a
+    return hf
+
+
+@pytest.mark.parametrize(
+    ("layers", "modules"), [([1], None), (None, ["q_proj"]), ([0, 2], ["o_proj", "up_proj"]), (None, None), (2, None)]
+)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_graft_is_the_other_adapter_in_the_places_named_and_nowhere_else(loras, layers, modules, scale):
+    model, first, second, reference = loras
+    asked = range(model.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
+
+    def chosen(layer, name):
+        return layer in asked and (modules is None or name in modules)
+
+    ids, before = torch.tensor([[5, 9, 3, 12, 7]]), state(model)
+    expected = merged(reference, (first, scale, lambda *at: not chosen(*at)), (second, 1.0, chosen))
+    with model.using(first, scale=scale):
+        own = logits(model.hf, ids)
+        with model.graft(second, layers=layers, modules=modules):
+            found, name = logits(model.hf, ids), model.identity
+            acts = rim.capture(model, TEXTS, "head_z")["head_z"]
+        assert torch.equal(logits(model.hf, ids), own)
+        assert model.identity != name
+    assert_close(found, logits(expected, ids))
+    assert not torch.equal(found, own)
+    assert_close(acts, rim.capture(plain_as_model(model, expected), TEXTS, "head_z")["head_z"])
+    assert_untouched(model, before)
+
+
+def plain_as_model(model, hf):
+    """A `Model` of other weights of the same base, not checked: to capture with."""
+    other = rim.Model(hf, model.tokenizer, "merged", "merged", None, torch.float32)
+    other.measure_identities()
+    return other
+
+
+def test_a_graft_of_the_base_takes_modules_out_and_interventions_hold_in_it(loras):
+    model, first, second, reference = loras
+    ids = torch.tensor([[5, 9, 3, 12, 7]])
+    expected = logits(merged(reference, (first, 1.0, lambda layer, name: layer != 1)), ids)
+    with model.using(first):
+        with model.graft(None, layers=[1]):
+            assert_close(logits(model.hf, ids), expected)
+            with model.graft(second, layers=[0]):
+                twice = merged(reference, (first, 1.0, lambda at, _: at > 1), (second, 1.0, lambda at, _: at == 0))
+                assert_close(logits(model.hf, ids), logits(twice, ids))
+            assert_close(logits(model.hf, ids), expected)
+        with rim.ablate(model, [(1, 0)], mode="zero"):
+            ablated = rim.refusal_log_odds(model, TEXTS, [5, 17])
+            with model.graft(second, layers=[1]):
+                both = rim.refusal_log_odds(model, TEXTS, [5, 17])
+            assert torch.equal(rim.refusal_log_odds(model, TEXTS, [5, 17]), ablated)
+    with model.using(first), model.graft(second, layers=[1]), rim.ablate(model, [(1, 0)], mode="zero"):
+        assert torch.equal(rim.refusal_log_odds(model, TEXTS, [5, 17]), both)
+    assert not torch.equal(both, ablated)
+
+
+def test_a_graft_that_cannot_be_is_refused_in_one_line(loras):
+    model, first, second, _ = loras
+    with model.using(first):
+        for wrong, match in (
+            ({"layers": [7]}, "layer 7 is out of range"),
+            ({"modules": ["q_prj"]}, r"neither adapter changes a module 'q_prj' \(did you mean 'q_proj'\?\)"),
+            ({"modules": "q_proj"}, "graft: modules must be a list, not 'q_proj'"),
+        ):
+            with pytest.raises(InputError, match=match), model.graft(second, **wrong):
+                pass
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_dose_between_two_adapters_is_their_weights_mean(bases, tmp_path, quantization):
+    _, model, reference = bases(quantization=quantization)
+    plain = bases()[2]
+    configs = (
+        LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, layers_to_transform=[0, 1], task_type="CAUSAL_LM"),
+        LoraConfig(r=2, lora_alpha=6, target_modules=LINEAR[:3], task_type="CAUSAL_LM"),
+    )
+    first, second = (write_adapter(plain, c, tmp_path / str(n), seed=n) for n, c in enumerate(configs))
+    ids, before = torch.tensor([[5, 9, 3, 12, 7]]), state(model)
+
+    def every(*_):
+        return True
+
+    with model.using(first):
+        for scale in (0.25, 0.0, -0.5, 2.0):
+            with model.using(second, origin=first, scale=scale):
+                found = logits(model.hf, ids)
+                assert model.checks["padding"].holds
+                if quantization is None:
+                    expected = merged(reference, (first, 1 - scale, every), (second, scale, every))
+                    assert_close(found, logits(expected, ids))
+                if scale == 0:
+                    with model.using(first):
+                        assert_close(found, logits(model.hf, ids))
+        with model.using(second, origin=first):
+            assert torch.equal(logits(model.hf, ids), peft_logits(reference, second, ids))
+        with (
+            pytest.raises(InputError, match="the bare base has no adapter to count a dose from or to"),
+            model.using(None, origin=first, scale=0.5),
+        ):
+            pass
+    assert_untouched(model, before)

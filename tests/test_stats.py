@@ -7,6 +7,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 import statsmodels.api
 import torch
 from statsmodels.stats.contingency_tables import mcnemar as sm_mcnemar
@@ -530,6 +531,58 @@ def test_a_clustered_mean_of_equal_values_is_not_certain():
     assert stats.clustered_mean([1.0] * 40, None, bounds=(0, 1)).low == pytest.approx(stats.proportion(40, 40).low)
     with pytest.raises(InputError, match="outside the bounds"):
         stats.clustered_mean([0.5, 1.5], None, bounds=(0, 1))
+
+
+@pytest.mark.parametrize(("trainings", "between"), [(3, 0.5), (5, 0.5), (5, 0.0)])
+def test_a_mean_over_trainings_and_prompts_covers_as_it_says(trainings, between):
+    """14 topics of 8 prompts, measured in each training; an interval over one of the two alone covers far less."""
+    rng, covered, of_prompts, of_trainings = np.random.default_rng(3), [], [], []
+    groups = np.repeat(np.arange(14), 8)
+    for _ in range(1000):
+        prompts = 0.5 * rng.normal(size=14)[groups] + rng.normal(size=112)
+        values = 0.3 + prompts + between * rng.normal(size=(trainings, 1)) + 0.7 * rng.normal(size=(trainings, 112))
+        for found, each in (
+            (stats.crossed_mean(values, groups), covered),
+            (stats.clustered_mean(values.mean(0), groups), of_prompts),
+            (stats.t_interval(values.mean(1)), of_trainings),
+        ):
+            each.append(found.low <= 0.3 <= found.high)
+    assert 0.92 <= np.mean(covered) <= 0.99
+    assert min(np.mean(of_prompts), np.mean(of_trainings)) < 0.9
+
+
+def test_a_mean_over_trainings_is_that_over_prompts_where_trainings_do_not_differ():
+    rng = np.random.default_rng(4)
+    values, groups = rng.normal(size=60), np.repeat(np.arange(10), 6)
+    found, one = stats.crossed_mean(np.stack([values, values]), groups), stats.clustered_mean(values, groups)
+    assert (found.low, found.high) == pytest.approx((one.low, one.high))
+    columns = stats.crossed_mean(np.stack([values, values + 1])[..., None] * [1.0, 2.0], groups)
+    assert columns[1].high == pytest.approx(2 * columns[0].high)
+    with pytest.raises(InputError, match="all values are equal"):
+        stats.crossed_mean([[1, 1], [1, 1]])
+
+
+def test_the_parts_of_an_area_have_it_as_their_mean_and_the_spread_of_delong():
+    rng = np.random.default_rng(5)
+    positive, negative = rng.normal(0.7, 1, 40).round(1), rng.normal(0, 1, 40).round(1)
+    parts = stats.auc_parts(positive, negative)
+    area = sklearn.metrics.roc_auc_score([1] * 40 + [0] * 40, [*positive, *negative])
+    assert parts.mean() == pytest.approx(area)
+    assert np.allclose(
+        stats.auc_parts(np.stack([positive, -positive], 1), np.stack([negative, -negative], 1))[:, 0], parts
+    )
+
+    def areas(correlation):
+        """Areas, and what the parts say of their spread, where twins have something in common."""
+        for _ in range(400):
+            common = rng.normal(size=40) * np.sqrt(correlation)
+            a, b = (common + np.sqrt(1 - correlation) * rng.normal(size=40) for _ in range(2))
+            found = stats.auc_parts(a + 0.7, b)
+            yield found.mean(), found.var(ddof=1) / 40
+
+    for correlation in (0.0, 0.8):
+        means, variances = np.array(list(areas(correlation))).T
+        assert np.sqrt(variances.mean()) == pytest.approx(means.std(), rel=0.12)
 
 
 def test_a_clustered_share_has_width_at_its_ends_and_for_shares_that_do_not_vary():

@@ -10,18 +10,20 @@ touched; what turns out not to fit is taken out again.
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from rim_core import paths
 from rim_core.errors import InputError, WeightsError, first_line
 from rim_core.identity import ADAPTER_FILE
-from rim_core.suites.checkpoints import read_adapter_settings
+from rim_core.suites.checkpoints import SETTINGS_FILE, read_adapter_settings
 
 # What PEFT writes before each module path.
 ADAPTER_PREFIX = "base_model.model."
@@ -61,12 +63,66 @@ def take_out(swaps: tuple[Swap, ...]) -> None:
         swap.parent._modules[swap.name] = swap.bare
 
 
-def refuse_unscalable(swaps: tuple[Swap, ...], folder: Path) -> None:
+def mixed(swaps: tuple[Swap, ...], others: tuple[Swap, ...], chosen: Callable[[Swap], bool]) -> tuple[Swap, ...]:
+    """The first adapter's modules, but in the chosen places the other's; the base's own where that one has none."""
+    return tuple(swap for swap in swaps if not chosen(swap)) + tuple(swap for swap in others if chosen(swap))
+
+
+def scaled(swaps: tuple[Swap, ...], scale: float) -> tuple[Swap, ...]:
+    """An adapter's modules with a scale as their own (see `refuse_unscalable`)."""
+
+    def times(factors: dict[str, float] | None) -> dict[str, float] | None:
+        return None if factors is None else {name: factor * scale for name, factor in factors.items()}
+
+    return tuple(replace(swap, factors=times(swap.factors)) for swap in swaps) if scale != 1 else swaps
+
+
+def write_between(hf: nn.Module, first: tuple[Swap, ...], second: tuple[Swap, ...], share: float, folder: Path) -> None:
+    """Write the LoRA whose products are those of the first adapter times `1 - share` plus the second's times `share`:
+    both adapters' matrices side by side, filled up with zeros to one rank.
+    """
+    from safetensors.torch import save_file
+
+    names = {(id(parent), name): path for path, parent, name in _places(hf)}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for swaps, times in ((first, 1 - share), (second, share)):
+        for swap in swaps:
+            assert swap.factors is not None
+            adapted: Any = swap.adapted
+            a, b = (getattr(adapted, kind)[_NAME].weight.float() for kind in ("lora_A", "lora_B"))
+            product = (a, b * (times * swap.factors[_NAME]))
+            pairs.setdefault(names[id(swap.parent), swap.name], []).append(product)
+    rank = max(sum(len(a) for a, _ in products) for products in pairs.values())
+    state = {}
+    for path, products in pairs.items():
+        a, b = torch.cat([a for a, _ in products]), torch.cat([b for _, b in products], dim=1)
+        missing = rank - len(a)
+        state[f"{ADAPTER_PREFIX}{path}.lora_A.weight"] = functional.pad(a, (0, 0, 0, missing)).contiguous()
+        state[f"{ADAPTER_PREFIX}{path}.lora_B.weight"] = functional.pad(b, (0, missing)).contiguous()
+    save_file(state, folder / ADAPTER_FILE)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(pairs),
+    }
+    paths.write_json(folder / SETTINGS_FILE, settings)
+
+
+def _places(hf: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every module by its path, with what it is a child of and its name there."""
+    for path, parent in hf.named_modules():
+        for name in parent._modules:
+            yield f"{path}.{name}" if path else name, parent, name
+
+
+def refuse_unscalable(swaps: tuple[Swap, ...], adapter: object) -> None:
     """Raise InputError where an adapter does more than add to outputs of linear modules: no number scales that."""
     for swap in swaps:
         if swap.factors is None:
             raise InputError(
-                f"the adapter in {folder} cannot be scaled: {type(swap.adapted).__name__} does more than add a product "
+                f"the adapter {adapter} cannot be scaled: {type(swap.adapted).__name__} does more than add a product "
                 "of two matrices; leave scale out"
             )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,15 @@ from typing import Any
 
 import torch
 
-from rim_core.checking import number, whole, whole_numbers
+from rim_core.checking import listed, number, whole, whole_numbers
 from rim_core.errors import InputError, RimWarning
 from rim_core.identity import adapter_identity, digest
 from rim_core.models import checks
 from rim_core.models import remote as far
-from rim_core.models.adapters import Swap, attach, put_in, refuse_unscalable, take_out
+from rim_core.models.adapters import Swap, attach, mixed, put_in, refuse_unscalable, scaled, take_out, write_between
 from rim_core.models.checks import Checks
 from rim_core.models.layout import find_layout
+from rim_core.paths import did_you_mean
 from rim_core.suites.checkpoints import adapter_folder
 from rim_core.suites.schema import Suite
 
@@ -179,7 +181,13 @@ class Model:
         return self._views[key]
 
     @contextlib.contextmanager
-    def using(self, role_or_adapter: str | os.PathLike[str] | None, *, scale: float = 1.0) -> Iterator["Model"]:
+    def using(
+        self,
+        role_or_adapter: str | os.PathLike[str] | None,
+        *,
+        scale: float = 1.0,
+        origin: str | os.PathLike[str] | None = None,
+    ) -> Iterator["Model"]:
         """Within the context the same base runs with another adapter; None is the bare base. Nests.
 
         Inside, the model is PEFT's own for that adapter; outside, it is what it was, bit for bit. Interventions now
@@ -188,6 +196,9 @@ class Model:
         Args:
             role_or_adapter: a role of the suite, a folder with an adapter, or None.
             scale: by which what a LoRA adds is multiplied: 0 is the base's numbers, 1 the adapter's, 2 twice its dose.
+            origin: from where the dose counts, a role or a folder as well; None is the bare base. With another adapter,
+                each module adds `1 - scale` of what the origin's adds and `scale` of the adapter's: 0 is the origin, 1
+                the adapter, 2 as far again.
 
         Raises:
             InputError: unknown role, one whose weights are not these (a checkpoint of its own: see `roles`), or an
@@ -195,8 +206,73 @@ class Model:
         """
         scale = number(scale, "using: scale")
         with self._back_afterwards():
-            self._switch(role_or_adapter, scale)
+            if origin is None or scale == 1:
+                self._switch(role_or_adapter, scale)
+            else:
+                self._activate(*self._between(origin, role_or_adapter, scale))
             yield self
+
+    @contextlib.contextmanager
+    def graft(
+        self,
+        role_or_adapter: str | os.PathLike[str] | None,
+        *,
+        layers: int | Sequence[int] | None = None,
+        modules: Sequence[str] | None = None,
+    ) -> Iterator["Model"]:
+        """Within the context some modules run with another adapter, the others with the one now active. Nests.
+
+        Where two adapters of one base part, this is the exact causal map of it: what the model does with one layer or
+        module of the other fine-tuning in place, and nothing else changed. The identities (see `checks`) are those
+        measured of the adapter now active.
+
+        Args:
+            role_or_adapter: whose modules to put in: a role of the suite, a folder with an adapter, or None for the
+                bare base's.
+            layers: in which layers; None is all.
+            modules: by their names in the layer, as `"q_proj"`; None is all that either adapter changes.
+
+        Raises:
+            InputError: see `using`; also a layer that there is not, or a module that neither adapter changes.
+
+        Example:
+            >>> with model.graft(None, layers=[1]):
+            ...     acts = rim.capture(model, texts, "resid_post")
+        """
+        wanted = self._found(role_or_adapter)[0]
+        within = self.checked_layers(layers)
+        inside = {id(module) for layer in within for module in self.layout.layers[layer].modules()}
+        active = scaled(self._active.swaps, self._active.scale)
+        if modules is not None:
+            self._refuse_unchanged(listed(modules, "graft: modules"), (*active, *wanted.swaps))
+
+        def chosen(swap: Swap) -> bool:
+            placed = layers is None or id(swap.parent) in inside
+            return placed and (modules is None or swap.name in modules)
+
+        swaps = mixed(active, wanted.swaps, chosen)
+        places = [sorted(within), sorted(modules) if modules is not None else None]
+        identity = digest([self._active.identity, wanted.identity, places])
+        with self._back_afterwards():
+            self._activate(_Adapted(identity, self._layout_with(swaps), swaps, self.checks), self.role)
+            yield self
+
+    def _refuse_unchanged(self, modules: Sequence[str], swaps: Sequence[Swap]) -> None:
+        there = sorted({swap.name for swap in swaps})
+        if wrong := [name for name in modules if name not in there]:
+            raise InputError(
+                f"graft: neither adapter changes a module {wrong[0]!r}{did_you_mean(str(wrong[0]), there)}; "
+                f"they change {', '.join(there) or 'none'}"
+            )
+
+    def _layout_with(self, swaps: tuple[Swap, ...]) -> Any:
+        """The modules and shapes with an adapter in; the active one stays."""
+        with self._taken_out():
+            put_in(swaps)
+            try:
+                return find_layout(self.hf)
+            finally:
+                take_out(swaps)
 
     @contextlib.contextmanager
     def bare(self) -> Iterator["Model"]:
@@ -219,20 +295,50 @@ class Model:
             self._activate(*before)
 
     def _switch(self, role_or_adapter: str | os.PathLike[str] | None, scale: float = 1.0) -> None:
+        self._activate(*self._found(role_or_adapter, scale))
+
+    def _found(self, role_or_adapter: str | os.PathLike[str] | None, scale: float = 1.0) -> tuple[_Adapted, str | None]:
+        """What the base is with an adapter at a scale, and the role's name; the active one stays."""
         name = None if role_or_adapter is None else str(role_or_adapter)
         if name is not None and self.suite and self.suite.names(name):
             role = self.suite.role(name)
             if role.checkpoint != self.own_checkpoint:
                 raise self._others_weights(name)
-            self._activate(self._with(role.adapter, scale) if role.adapter else self._unscaled(name, scale), name)
-        elif name is None:
+            return (self._with(role.adapter, scale) if role.adapter else self._unscaled(name, scale)), name
+        if name is None:
             if self._own_role:
                 raise self._others_weights("the bare base")
-            self._activate(self._unscaled("the bare base", scale), None)
-        elif self.suite and not Path(name).exists() and name.count("/") != 1:
+            return self._unscaled("the bare base", scale), None
+        if self.suite and not Path(name).exists() and name.count("/") != 1:
             self.suite.role(name)
-        else:
-            self._activate(self._with(name, scale), name)
+        return self._with(name, scale), name
+
+    def _between(
+        self, origin: str | os.PathLike[str], role_or_adapter: str | os.PathLike[str] | None, scale: float
+    ) -> tuple[_Adapted, str | None]:
+        """The base with a dose of what is between two adapters, and the role's name; the active one stays."""
+        (start, start_name), (end, name) = self._found(origin), self._found(role_or_adapter)
+        if start is self._bare or end is self._bare:
+            bare = start_name if start is self._bare else name
+            raise InputError(f"using: {bare or 'the bare base'} has no adapter to count a dose from or to")
+        for found, of in ((start, start_name), (end, name)):
+            refuse_unscalable(found.swaps, of)
+        identity = f"{start.identity} to {end.identity} x {scale!r}"
+        if identity not in self._adapted:
+            with tempfile.TemporaryDirectory() as folder, self._taken_out():
+                write_between(self.hf, start.swaps, end.swaps, scale, Path(folder))
+                self._adapted[identity] = self._attached(Path(folder), identity)
+        return self._adapted[identity], name
+
+    @contextlib.contextmanager
+    def _taken_out(self) -> Iterator[None]:
+        """Within the context the base is bare and without hooks, afterwards as before."""
+        with self._without_hooks():
+            take_out(self._active.swaps)
+            try:
+                yield
+            finally:
+                put_in(self._active.swaps, self._active.scale)
 
     def _unscaled(self, name: str, scale: float) -> _Adapted:
         if scale != 1:
@@ -273,12 +379,8 @@ class Model:
         assert folder is not None
         identity = adapter_identity(folder)
         if identity not in self._adapted:
-            with self._without_hooks():
-                take_out(self._active.swaps)
-                try:
-                    self._adapted[identity] = self._attached(folder, identity)
-                finally:
-                    put_in(self._active.swaps, self._active.scale)
+            with self._taken_out():
+                self._adapted[identity] = self._attached(folder, identity)
         whole = self._adapted[identity]
         if scale == 1:
             return whole

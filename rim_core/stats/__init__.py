@@ -2,8 +2,9 @@
 
 Read `Interval` first: what nearly every function gives.
 
-- `proportion`, `clustered_proportion`, `clustered_mean`, `t_interval`, `paired_difference`, `cohens_d`: intervals from
-  formulas.
+- `proportion`, `t_interval`, `paired_difference`, `cohens_d`: intervals from formulas.
+- `clustered_mean`, `clustered_proportion`, `crossed_mean`: of prompts that come in topics, and of trainings too;
+  `auc_parts`: an area under the ROC curve as such a mean.
 - `bootstrap`, `of_means`, `resampled_means`, `percentiles`: intervals by resampling prompts, or groups of them.
 - `ks`, `permutation_test`, `mcnemar`, `fisher`, `benjamini_hochberg`: tests, as a `Comparison`.
 - `split`, `group_codes`, `derive_generator`: seeded divisions and draws that never divide a group.
@@ -14,12 +15,11 @@ Every function refuses empty or non-finite input with an `InputError` instead of
 from typing import Any
 
 from rim_core.paths import did_you_mean
+from rim_core.stats._clustered import auc_parts, clustered_mean, clustered_proportion, crossed_mean
 from rim_core.stats._formulas import Interval, cohens_d, paired_difference, proportion, t_interval
 from rim_core.stats._resampling import (
     Groups,
     bootstrap,
-    clustered_mean,
-    clustered_proportion,
     derive_generator,
     group_codes,
     of_means,
@@ -36,11 +36,13 @@ __all__ = [
     "Groups",
     "Interval",
     "Ints",
+    "auc_parts",
     "benjamini_hochberg",
     "bootstrap",
     "clustered_mean",
     "clustered_proportion",
     "cohens_d",
+    "crossed_mean",
     "derive_generator",
     "fisher",
     "group_codes",

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from rim_core import checking
 from rim_core.errors import InputError
 from rim_core.stats._formulas import Interval
-from rim_core.stats._samples import Floats, Ints, coverage, sample, yes_or_no
+from rim_core.stats._samples import Floats, Ints, coverage, sample
 
 # What must not be split or is resampled whole: a label a value, or None.
 Groups = Sequence[object] | NDArray | None
@@ -89,94 +89,6 @@ def _one_number(value: Any, of: str) -> float:
             "another statistic"
         )
     return number
-
-
-def clustered_proportion(outcomes: ArrayLike, groups: Groups, *, level: float = 0.95) -> Interval:
-    """Give a share of successes with an interval for outcomes that come in clusters (Korn & Graubard 1998).
-
-    Clopper-Pearson's interval for as many outcomes as the clustered ones are worth: `n / deff`, where `deff` is the
-    variance of the share between clusters over that of independent outcomes, taken as at least 1, and corrected for
-    the number of clusters by Student's t. It never has zero width.
-
-    Args:
-        outcomes: yes or no, `[n]`.
-        groups: which cluster each is of (category, topic), `[n]`; at least two clusters; None: each of its own.
-        level: nominal coverage.
-
-    Raises:
-        InputError: no outcomes, values that are neither yes nor no, or fewer than two clusters.
-
-    Example:
-        >>> topics = ["tax", "loans", "pensions", "trading"] * 5
-        >>> print(rim.stats.clustered_proportion([1] * 20, topics))
-        1 (95% 0.653 to 1, n=20)
-    """
-    values = yes_or_no(outcomes, "clustered_proportion: outcomes")
-    codes, level, n = group_codes(groups, len(values)), coverage(level), len(values)
-    clusters = int(codes.max()) + 1
-    p = float(values.mean())
-    between = clusters / (clusters - 1) * float((np.bincount(codes, values - p) ** 2).sum()) / n**2
-    alone = p * (1 - p) / n
-    deff = max(1.0, between / alone) if alone else 1.0
-    half = (1 + level) / 2
-    worth = n / deff * (scipy.stats.t.ppf(half, n - 1) / scipy.stats.t.ppf(half, clusters - 1)) ** 2
-    hits = p * worth
-    low = float(scipy.stats.beta.ppf(1 - half, hits, worth - hits + 1)) if p > 0 else 0.0
-    high = float(scipy.stats.beta.ppf(half, hits + 1, worth - hits)) if p < 1 else 1.0
-    return Interval(p, low, high, n, level, f"Korn-Graubard, {clusters} clusters")
-
-
-def clustered_mean(
-    values: ArrayLike, groups: Groups, *, bounds: tuple[float, float] | None = None, level: float = 0.95
-) -> Interval:
-    """Give a mean with Student's t interval for values that come in clusters (Liang & Zeger 1986, with `g - 1` degrees
-    of freedom for `g` clusters); a paired difference is the mean of differences.
-
-    The variance is that of the clusters' sums about the mean, and at least that of as many independent values, so that
-    few clusters which happen to agree do not make it small. Where all values are equal, at most a share
-    `1 - ((1 - level) / 2) ** (1 / n)` of others would be missed in `n`: the interval is as wide as if these lay at the
-    bounds.
-
-    Args:
-        values: `[n]`, or `[n, column]` for an interval a column, such as a layer.
-        groups: which cluster each is of (category, topic), `[n]`; at least two clusters; None: each of its own.
-        bounds: what a value can be at all; ends of the interval stay within.
-        level: nominal coverage.
-
-    Raises:
-        InputError: fewer than two values or clusters, values that are not finite or outside the bounds, or all equal
-            and no bounds given.
-
-    Example:
-        >>> topics = ["tax", "loans", "pensions", "trading"] * 5
-        >>> print(rim.stats.clustered_mean([0.5, 0.75, 1, 1] * 5, topics, bounds=(0, 1)))
-        0.812 (95% 0.432 to 1, n=20)
-    """
-    data = sample(values, "clustered_mean: values", 2, ("[n]", "[n, column]"))
-    level, n = coverage(level), len(data)
-    codes = group_codes(groups, n)
-    clusters = int(codes.max()) + 1
-    least, most = bounds or (-math.inf, math.inf)
-    if data.min() < least or data.max() > most:
-        raise InputError(f"clustered_mean: a value is outside the bounds {checking.shown(bounds)}")
-    mean = data.mean(axis=0)
-    about = data - mean
-    sums = np.zeros((clusters, *data.shape[1:]))
-    np.add.at(sums, codes, about)
-    between = clusters / (clusters - 1) * (sums**2).sum(axis=0) / n**2
-    alone = (about**2).sum(axis=0) / (n - 1) / n
-    half = scipy.stats.t.ppf((1 + level) / 2, clusters - 1) * np.sqrt(np.maximum(between, alone))
-    low, high = mean - half, mean + half
-    flat = data.max(axis=0) == data.min(axis=0)
-    if flat.any():
-        if bounds is None:
-            raise InputError("clustered_mean: all values are equal, which leaves their spread unknown; give bounds")
-        missed = 1 - ((1 - level) / 2) ** (1 / n)
-        low = np.where(flat, mean - missed * (mean - least), low)
-        high = np.where(flat, mean + missed * (most - mean), high)
-    low, high = np.maximum(low, least), np.minimum(high, most)
-    estimate, low, high = (end if np.ndim(end) else float(end) for end in (mean, low, high))
-    return Interval(estimate, low, high, n, level, f"cluster-robust t, {clusters} clusters")
 
 
 def resampled_means(values: ArrayLike, groups: Groups = None, *, n_resamples: int = 2000, seed: int = 0) -> Floats:
