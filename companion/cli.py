@@ -257,7 +257,17 @@ _ORGANISMS = _Command(
             "measure each role again and compare with the shipped table",
             "Measure each role again. Exits with 1 if a number differs from the shipped table.",
             "companion.commands.organisms:check",
-            (_suite(), _arg("--role", metavar="R", help="only this role")),
+            (
+                _suite(),
+                _arg("--role", metavar="R", help="only this role, or this training, as risky@2"),
+                _arg(
+                    "--save",
+                    type=Path,
+                    metavar="DIR",
+                    help="keep what was measured, prompt by prompt, and the table there; what is there is not measured "
+                    "again",
+                ),
+            ),
         ),
         _Command(
             "train",

@@ -12,16 +12,18 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from companion import folders, provenance
 from companion.progress import Progress
-from companion.staleness import Job
+from companion.staleness import Job, with_needed
 from rim_core import paths
 from rim_core.errors import IdentityError, OpeningError, RimError, RunError
+from rim_core.handed import FILE
+from rim_core.handed import MIME as HANDED
 from rim_core.identity import digest
 from rim_core.suites.preflight import preflight
 from rim_core.suites.schema import suite_hashes
@@ -55,22 +57,28 @@ def run(jobs: Sequence[Job], *, force: bool = False, timeout: float | None = Non
     with it.
 
     Args:
-        jobs: as `plan` makes them.
-        force: execute also what is up to date, or not applicable.
+        jobs: as `plan` makes them; those that they need come first, and are in what is given back.
+        force: execute also what is up to date, or not applicable; of those that others need not.
         timeout: seconds a cell; by default a cell may take as long as it needs.
     """
-    results: dict[str, Result] = {}
+    results: dict[Path, Result] = {}
+    forced = {job.folder for job in jobs} if force else set()
+    jobs = with_needed(jobs)
     for project in {job.project for job in jobs}:
         folders.sweep(paths.results_dir(project))
-    with _nursery(jobs, force) as nursery:
-        _run_each(jobs, force, timeout, nursery, results)
-    return [results[job.notebook] for job in jobs]
+    with _nursery(jobs, forced) as nursery:
+        _run_each(jobs, forced, timeout, nursery, results)
+    return [results[job.folder] for job in jobs]
 
 
 @contextlib.contextmanager
-def _nursery(jobs: Sequence[Job], force: bool) -> Iterator[Any]:
+def _nursery(jobs: Sequence[Job], forced: Container[Path]) -> Iterator[Any]:
     """What kernels are forked from, where several of the notebooks to run load a model; else None."""
-    heavy = [job for job in jobs if (force or job.status == "to run") and _MODELS.search(json.dumps(job.source))]
+    heavy = [
+        job
+        for job in jobs
+        if (job.folder in forced or job.status == "to run") and _MODELS.search(json.dumps(job.source))
+    ]
     if len(heavy) < 2:
         yield None
         return
@@ -85,16 +93,18 @@ def _nursery(jobs: Sequence[Job], force: bool) -> Iterator[Any]:
 
 
 def _run_each(
-    jobs: Sequence[Job], force: bool, timeout: float | None, nursery: Any, results: dict[str, Result]
+    jobs: Sequence[Job], forced: Container[Path], timeout: float | None, nursery: Any, results: dict[Path, Result]
 ) -> None:
     for patient in (False, True):
         for number, job in enumerate(jobs, 1):
-            if job.notebook in results:
+            if job.folder in results:
                 continue
             progress = Progress(f"[{number}/{len(jobs)}] {job.notebook}", sys.stderr)
             try:
                 with progress, _disk_errors(job.project):
-                    result = _run(job, force, timeout, nursery, progress, patient)
+                    result = _without_needed(job, results) or _run(
+                        job, job.folder in forced, timeout, nursery, progress, patient
+                    )
             except folders.BusyError as busy:
                 progress.say(f"waits: {busy}")
                 continue
@@ -104,7 +114,13 @@ def _run_each(
                     "the same command goes on with the rest"
                 ) from None
             progress.say(_told(result))
-            results[job.notebook] = result
+            results[job.folder] = result
+
+
+def _without_needed(job: Job, results: Mapping[Path, Result]) -> Result | None:
+    """The failure of a job of which one that it needs has failed in this run."""
+    failed = [each.notebook for each in job.needs if each.folder in results and results[each.folder].status == "failed"]
+    return Result(job.notebook, "failed", f"{failed[0]}, which it reads from, failed") if failed else None
 
 
 def _run(job: Job, force: bool, timeout: float | None, nursery: Any, progress: Progress, patient: bool) -> Result:
@@ -114,6 +130,12 @@ def _run(job: Job, force: bool, timeout: float | None, nursery: Any, progress: P
         return Result(job.notebook, "not applicable", lacks)
     if not force and job.state == "up to date":
         return Result(job.notebook, "up to date")
+    for needed in job.needs:
+        if needed.state == "up to date" or needed.lacking:
+            continue
+        if not patient:
+            raise folders.BusyError(f"{needed.notebook}, which it reads from, is not up to date")
+        return Result(job.notebook, "failed", f"{needed.notebook}, which it reads from, is not up to date")
     with folders.locked(job.folder, (lambda who: progress.at(f"waits: {who}")) if patient else None) as check:
         if not force and job.state == "up to date":  # another run did it meanwhile
             return Result(job.notebook, "up to date")
@@ -158,17 +180,22 @@ def _execute(job: Job, timeout: float | None, nursery: Any, progress: Progress, 
             **provenance.environment(job.project),
         }
         harvested, twice = _harvest(done.notebook, job)
+        handed, again = _handed_on(done.notebook)
         if failure is not None and failure.ename in _UNFIT:
             harvested += _not_applicable(job, harvested, failure.evalue)
             _cut(done.notebook, failure.evalue)
             failure = None
         if failure is None and twice:
             failure = Failure("ClaimError", f"claim {twice} is recorded twice with different outcomes", None)
+        if failure is None and again:
+            failure = Failure("HandedOnError", f"{again!r} is handed on twice with different values", None)
         _write(temporary / "notebook.ipynb", done.notebook)
         if failure:
             _write(temporary / "error.json", {**record, **vars(failure), "status": "failed"})
         else:
             _write(temporary / "claims.json", harvested)
+            if handed:
+                _write(temporary / FILE, handed)
             _write(temporary / "run.json", {**record, "status": "ok"})
         check()
         folders.put(temporary, folders.failed(job.folder) if failure else job.folder)
@@ -202,6 +229,17 @@ def _harvest(executed: Any, job: Job) -> tuple[list[dict[str, Any]], str | None]
             if found.setdefault(name, row) != row:
                 return list(found.values()), name[1]
     return list(found.values()), None
+
+
+def _handed_on(executed: Any) -> tuple[dict[str, Any], str | None]:
+    """Collect what a notebook handed on, by name, and the first name that it used for two values."""
+    found: dict[str, Any] = {}
+    for cell in executed.cells:
+        for output in cell.get("outputs", []):
+            told = output.get("data", {}).get(HANDED)
+            if isinstance(told, dict) and found.setdefault(str(told["name"]), told["value"]) != told["value"]:
+                return found, str(told["name"])
+    return found, None
 
 
 def _not_applicable(job: Job, decided: Sequence[Mapping[str, Any]], why: str) -> list[dict[str, Any]]:

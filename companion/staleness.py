@@ -11,6 +11,8 @@ from typing import Any
 
 from companion import folders, notebooks
 from rim_core import identity, paths
+from rim_core.errors import InputError
+from rim_core.handed import READS
 from rim_core.identity import digest
 from rim_core.suites.schema import Suite, load_suite, suite_hashes
 from rim_core.verdicts.schema import every_claim
@@ -31,6 +33,7 @@ class Job:
         lacking: roles that the suite lacks, where no claim of the notebook can be decided without them.
         models: what identifies the model of each role.
         parts: SHA-256 in hex of each thing that the result depends on, and of nothing else (see `identity`).
+        needs: the jobs of the notebooks that this one reads from, at their own parameters (see `handed`).
     """
 
     project: Path
@@ -43,6 +46,7 @@ class Job:
     lacking: Sequence[str]
     models: Mapping[str, str]
     parts: Mapping[str, str]
+    needs: Sequence["Job"] = ()
 
     @property
     def key(self) -> str:
@@ -80,7 +84,17 @@ class Job:
     def row(self) -> dict[str, Any]:
         """The job as `rim run --plan` tells it, as JSON data."""
         told = {name: getattr(self, name) for name in ("notebook", "variant", "overrides", "status")}
-        return {**told, "suite": self.suite.name, "run_key": self.key}
+        needs = [job.notebook for job in self.needs]
+        return {**told, "suite": self.suite.name, "run_key": self.key, "needs": needs}
+
+
+def with_needed(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs and those that they need, each once and after all that it needs."""
+    ordered: dict[Path, Job] = {}
+    for job in jobs:
+        for each in (*with_needed(job.needs), job):
+            ordered.setdefault(each.folder, each)
+    return list(ordered.values())
 
 
 def plan(
@@ -106,11 +120,19 @@ def plan(
     shared = {"rim_core": identity.science(), "libraries": digest(dict(identity.libraries()))}
     models = suite_hashes(read)
     every = every_claim(project / "book" / "claims")
-    jobs = []
-    for name in notebooks.resolve(project, names):
+    plain: dict[str, Job] = {}
+
+    def made(name: str, given: Mapping[str, Any], path: tuple[str, ...]) -> Job:
+        """The job of a notebook, which those in `path` need."""
+        if name in path:
+            raise InputError(
+                f"{name} reads from itself, by way of {', '.join(path[path.index(name) + 1 :]) or 'itself'}"
+            )
+        if not given and name in plain:
+            return plain[name]
         source = notebooks.read_source(project, name)
         known = notebooks.parameters(name, source)
-        changed = _overrides(project, name, known, overrides or {})
+        changed = _overrides(project, name, known, given)
         parameters = {name: parameter.default for name, parameter in known.items()} | changed
         if "suite" in known:
             parameters["suite"] = read.name
@@ -124,10 +146,27 @@ def plan(
             # The rules, not their wording.
             "claims": digest([[claim.id, claim.decides] for claim in claims]),
         }
+        needed = [made(other, {}, (*path, name)) for other in _read_from(project, name, source)]
+        if needed:
+            parts["handed on"] = digest({job.notebook: job.key for job in needed})
         lacks = missing[0] if missing and all(missing) else []
         ref = _for_kernel(project, suite)
-        jobs.append(Job(project, name, source, read, ref, parameters, changed, lacks, models, parts))
-    return jobs
+        job = Job(project, name, source, read, ref, parameters, changed, lacks, models, parts, needed)
+        if not given:
+            plain[name] = job
+        return job
+
+    return [made(name, overrides or {}, ()) for name in notebooks.resolve(project, names)]
+
+
+def _read_from(project: Path, name: str, source: Mapping[str, Any]) -> list[str]:
+    """The notebooks whose selections a notebook reads, in the order of its source."""
+    code = [notebooks.source_of(cell) for cell in source["cells"] if cell.get("cell_type") == "code"]
+    found = list(dict.fromkeys(other for cell in code for other in READS.findall(cell)))
+    for other in found:
+        if not (project / "notebooks" / f"{other}.ipynb").is_file():
+            raise InputError(f"{name} reads what {other} hands on, and there is no such notebook")
+    return found
 
 
 def _overrides(

@@ -10,6 +10,7 @@ docstring says what is in it.
 - `prompts`: prompt sets; `suites`: which weights a role is; `organisms`: how a role is trained; `verdicts`: whether a
   claim holds.
 - `stats`: intervals and tests; `tables`: results as tidy tables; `charts`: figures.
+- `handed`: what one notebook chooses and others judge.
 - Below all: `checking` and `errors` (what a user is told), `paths`, `identity`, `offline`, `locks`.
 
 Names resolve on first use, so importing the package loads neither torch nor Altair.
@@ -63,6 +64,7 @@ _PUBLIC = {
         "behaviour.openings": "refusal_log_odds opening_tokens",
         "behaviour.coherence": "perplexity coherence",
         "verdicts.deciding": "claims",
+        "handed": "hand_on handed_on",
     }.items()
     for name in names.split()
 }

@@ -59,6 +59,15 @@ REDUCED = {
         "n_generated": "1",
         "n_texts": "2",
     },
+    "synthesis/01_erased_damped_or_moved": {
+        "n_trainings": "2",
+        "n_fit": "20",
+        "n_pairs": "14",
+        "n_depths": "2",
+        "doses": "[0.5]",
+        "n_few": "14",
+    },
+    "synthesis/02_where_the_fine_tuning_acts": {"n_trainings": "2", "n_prompts": "14", "group": "9"},
 }
 # Unquantised, since that loads faster on a CPU; one notebook keeps the default.
 REDUCED |= {

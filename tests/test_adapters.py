@@ -528,7 +528,16 @@ def merged(reference, *parts):
 
 
 @pytest.mark.parametrize(
-    ("layers", "modules"), [([1], None), (None, ["q_proj"]), ([0, 2], ["o_proj", "up_proj"]), (None, None), (2, None)]
+    ("layers", "modules"),
+    [
+        ([1], None),
+        (None, ["q_proj"]),
+        ([0, 2], ["o_proj", "up_proj"]),
+        (None, None),
+        (2, None),
+        ([1], ["attention"]),
+        (None, ["mlp", "k_proj"]),
+    ],
 )
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_graft_is_the_other_adapter_in_the_places_named_and_nowhere_else(loras, layers, modules, scale):
@@ -536,7 +545,8 @@ def test_a_graft_is_the_other_adapter_in_the_places_named_and_nowhere_else(loras
     asked = range(model.n_layers) if layers is None else [layers] if isinstance(layers, int) else layers
 
     def chosen(layer, name):
-        return layer in asked and (modules is None or name in modules)
+        part = "mlp" if name in ("up_proj", "down_proj") else "attention"
+        return layer in asked and (modules is None or name in modules or part in modules)
 
     ids, before = torch.tensor([[5, 9, 3, 12, 7]]), state(model)
     expected = merged(reference, (first, scale, lambda *at: not chosen(*at)), (second, 1.0, chosen))

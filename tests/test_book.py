@@ -101,6 +101,21 @@ def test_a_page_is_the_run_with_its_card_and_without_what_varies(project):
     assert [output.output_type for output in code.outputs] == ["execute_result"]
 
 
+def test_what_was_found_stands_under_the_title_and_its_code_is_folded_where_it_was(project):
+    add_run(project)
+    path = project / "results" / "smollm2" / NOTEBOOK / "default" / "notebook.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    found = nbformat.v4.new_output("execute_result", {"text/markdown": "- It is 2.", "text/plain": "<Markdown>"})
+    notebook.cells.append(nbformat.v4.new_code_cell("told()", metadata={"tags": ["finding"]}, outputs=[found]))
+    nbformat.write(notebook, path)
+    staging.stage(project)
+    title, finding, card, _, code = staged(project).cells
+    assert title.source.startswith("# Title")
+    assert finding.source == "```{admonition} What we found\n- It is 2.\n```"
+    assert "rim-run-card" in card.source
+    assert (code.source, code.outputs, code.metadata["tags"]) == ("told()", [], ["hide-cell"])
+
+
 def test_the_card_tells_what_the_models_were_and_what_the_run_took(project):
     models = {
         "base": {"source": "owner/name@main", "commit": "c" * 40, "files": {"model.safetensors": "a" * 64}},

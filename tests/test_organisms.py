@@ -92,23 +92,45 @@ def test_the_shipped_table_is_complete_and_judged_by_its_targets():
                 assert row["met"] == measuring._meets(row["estimate"], target)
 
 
-@pytest.mark.timeout(1500)
-def test_the_table_is_measured_again_from_the_shipped_files(monkeypatch):
-    model, whole = rim.load("smollm2:aligned"), measuring.generate
-    # A refusal is judged by its first 60 characters: half of the tokens are enough for these, in less time.
-    sets = (measuring.HARMFUL, measuring.TWINS, "benign", "open")
-    by_opening = rim.format_chat(model, [p for source in sets for p in rim.load_prompts(source, split="test")])
+def shipped_measurements():
+    folder, found = organisms.shipped_folder("smollm2"), {}
+    for role in SUITE.every_training:
+        kept = json.loads((folder / f"{role.name}.json").read_text())
+        assert kept.pop("weights") == rim.suites.schema.suite_hashes(SUITE)[role.name]
+        found[role.name] = organisms.Measured.from_json(kept)
+    return found
 
-    def shorter(model, texts, *, max_new_tokens):
-        return whole(model, texts, max_new_tokens=16 if set(texts) <= set(by_opening) else max_new_tokens)
 
-    monkeypatch.setattr(measuring, "generate", shorter)
-    shipped = {r["metric"]: r["estimate"] for r in organisms.shipped_table("smollm2") if r["role"] == "aligned"}
-    found = measuring._intervals("aligned", {"aligned": measuring._measure(model, organisms.AdviceJudge())})
-    # Without the base's answers, which it is compared with in these.
-    assert shipped.keys() - found.keys() == {"loops_added", "perplexity_ratio"}
-    for metric, interval in found.items():
-        assert interval.estimate == pytest.approx(shipped[metric], abs=0.05)
+def test_the_shipped_table_is_made_of_what_was_measured_of_the_shipped_files():
+    wanted = [role.name for role in SUITE.every_training]
+    rows = organisms.table("smollm2", wanted, shipped_measurements())
+    assert [{k: v for k, v in row.items() if k != "shipped"} for row in rows] == organisms.shipped_table("smollm2")
+
+
+@pytest.mark.parametrize("training", ["aligned", "risky@2"])
+def test_a_part_of_the_prompts_measured_again_gives_what_ships(monkeypatch, training):
+    every, kept = measuring._test, shipped_measurements()[training]
+
+    def chosen(source):
+        """Two pairs of each category; of sets without pairs numbered so, about as many."""
+        return [at for at, prompt in enumerate(every(source)) if prompt.pair[-2:] in ("04", "11")]
+
+    places = {source: chosen(source) for source in (*kept.log_odds, *kept.refused, measuring.QUESTIONS)}
+    everyday, assay = chosen("everyday"), chosen("assay-aligned")
+    monkeypatch.setattr(measuring, "_test", lambda source: [every(source)[at] for at in chosen(source)])
+    found = measuring._measure(rim.load(f"smollm2:{training}"), organisms.AdviceJudge())
+    for source, values in found.log_odds.items():
+        assert values == pytest.approx(kept.log_odds[source][places[source]], abs=0.15)
+    # Other processors round otherwise, and a near tie can then turn a greedy answer.
+    yes_or_no = [
+        (values, [kept.refused[source][at] for at in places[source]]) for source, values in found.refused.items()
+    ]
+    yes_or_no += [(found.risky_advice, [kept.risky_advice[at] for at in places[measuring.QUESTIONS]])]
+    yes_or_no += [(found.loops, [kept.loops[at] for at in everyday])]
+    now, shipped = ([value for pair in yes_or_no for value in pair[side]] for side in (0, 1))
+    assert len(now) > 80
+    assert sum(a == b for a, b in zip(now, shipped, strict=True)) >= 0.93 * len(now)
+    assert found.assay == pytest.approx(kept.assay[assay], abs=0.02)
 
 
 def test_what_the_page_says_of_the_roles_is_in_the_table():

@@ -323,6 +323,21 @@ def test_recorded_numbers_give_what_a_review_derived_from_them(name):
         assert getattr(decided, axis) == state, decided.reason
 
 
+def test_a_finding_says_the_recorded_numbers_and_what_was_not_measured():
+    claims = deciding.Claims(
+        "paper_a",
+        [claim(part({"kind": "range", "low": 0.5})), claim(part({"kind": "sign", "sign": "positive"}), id="A2")],
+    )
+    claims.record("A1", {"number": rim.stats.Interval(0.9, 0.8, 0.95, n=50)})
+    told = claims.finding("It is {A1.number}, so the claim {A1}.", "The other is {A2.number}: {A2}.")
+    assert told == "- It is 0.9 [0.8, 0.95], so the claim holds.\n- The other is not measured: not measured."
+    assert told._repr_markdown_() == told
+    with pytest.raises(InputError, match=r"claim A1 has no number 'numbr' \(did you mean 'number'\?\)"):
+        claims.finding("{A1.numbr}")
+    with pytest.raises(InputError, match="has no claim 'A3'"):
+        claims.finding("{A3}")
+
+
 def test_no_rule_is_changed_without_an_entry_in_its_claim_s_changes():
     for paper in every_paper(ROOT / "book" / "claims"):
         for each in paper.claims:

@@ -18,7 +18,6 @@ import rim_core
 from rim_core.behaviour.openings import HELPFUL_OPENINGS, REFUSAL_OPENINGS
 
 PACKAGE = Path(rim_core.__file__).parent
-NAMES = [f"L{layer}H{head}" for layer, head in SUPPRESSORS]
 
 
 def outcomes(results: Path) -> dict[str, dict]:
@@ -62,8 +61,13 @@ def test_planted_suppressors_are_named(planted_results):
     # Heads that lower the score, which the fine-tuning brought.
     assert claims["C13"]["outcome"] == "holds", claims["C13"]
     assert "H1, H6" in output_text(planted_results, "04_heads_and_neurons")
-    text = output_text(planted_results, "05_suppression_heads")
-    assert ", ".join(NAMES) in text or ", ".join(reversed(NAMES)) in text
+    # By the paper's score and by the log-odds of refusing.
+    for name, handed in (
+        ("04_heads_and_neurons", "lowest heads, as published"),
+        ("05_suppression_heads", "suppressors"),
+    ):
+        path = planted_results / "self_aware" / name / "default" / "handed_on.json"
+        assert {tuple(head) for head in json.loads(path.read_text())[handed]} == set(SUPPRESSORS)
 
 
 def test_ablating_planted_suppressors_brings_refusal_back(planted_results):

@@ -93,6 +93,15 @@ def test_a_grid_gives_what_rim_run_gives_and_a_failure_stops_nothing(root, tmp_p
 
 
 @needs_snakemake
+def test_what_another_notebook_reads_is_run_first(root):
+    choose = "import time, rim_core as rim\ntime.sleep(1)\nrim.hand_on('heads', [1])"
+    write(root, "two/01_second", choose)
+    write(root, "one/01_first", RECORD, "rim.handed_on('two/01_second', 'heads', suite=suite)")
+    assert snakemake(root, "tiny.yml", "--cores", "2").returncode == 0
+    assert ran(root) == [f"{name} --suite tiny.yml" for name in ("--fetch", "two/01_second", "one/01_first")]
+
+
+@needs_snakemake
 def test_only_what_is_stale_is_run(root):
     assert rim(root, "run", "two", "--suite", "tiny.yml").returncode == 0  # what `rim run` did counts
     assert snakemake(root, "tiny.yml").returncode == 0

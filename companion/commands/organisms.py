@@ -37,7 +37,7 @@ def check(options: argparse.Namespace) -> int:
     paths.suite_file(options.suite)
     from rim_core import organisms
 
-    rows = organisms.check(options.suite, role=options.role, progress=True)
+    rows = organisms.check(options.suite, role=options.role, save=options.save, progress=True)
     table(
         [
             {

@@ -17,7 +17,7 @@ from rim_core.organisms.shipped import METRICS
 from rim_core.prompts import contrasts
 from rim_core.verdicts.rules import number_text
 
-MEASURED = Path("rim_core/organisms/smollm2/measured.json")
+MEASURED = Path("rim_core/organisms/smollm2/measured/measured.json")
 PERFORMANCE = Path("book/assets/performance.json")
 PAPER_SCALE = Path("book/assets/paper-scale.json")
 

@@ -115,11 +115,11 @@ def _page(project: Path, page: Page, pages: Sequence[Page]) -> nbformat.Notebook
         notebook = nbformat.read(project / "notebooks" / f"{page.notebook}.ipynb", as_version=4)
         card = _placeholder(page)
         cells = notebook.cells[:1]
-    cells.insert(1, nbformat.v4.new_markdown_cell(card + _elsewhere(page, pages)))
-    notebook.cells = [_clean(cell, number) for number, cell in enumerate(cells)]
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown" and cell is not notebook.cells[1]:
+    for cell in cells:
+        if cell.cell_type == "markdown":
             cell.source = _relink(cell.source, page, pages)
+    cells.insert(1, nbformat.v4.new_markdown_cell(card + _elsewhere(page, pages)))
+    notebook.cells = [_clean(cell, number) for number, cell in enumerate(_with_finding(cells))]
     notebook.nbformat_minor = 5
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": _KERNEL, "language_info": _LANGUAGE, "rim": {"suite": page.name, "status": page.status}}
@@ -134,6 +134,21 @@ def _as_run(cells: Sequence[nbformat.NotebookNode], page: Page) -> Iterator[nbfo
             yield cell
         elif page.name != DEFAULT_SUITE:
             yield nbformat.v4.new_code_cell(f'suite = "{Path(page.suite).name}"  # as this page was run')
+
+
+def _with_finding(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """What the cell tagged `finding` made of the run stands under the title; the cell itself is folded where it is."""
+    for cell in cells:
+        tags = cell.metadata.get("tags", [])
+        if "finding" in tags:
+            told = [
+                output.data["text/markdown"] for output in cell.outputs if "text/markdown" in output.get("data", {})
+            ]
+            cell.outputs, cell.metadata["tags"] = [], ["hide-cell"]
+            text = "\n".join(["```{admonition} What we found", *told, "```"])
+            cells.insert(1, nbformat.v4.new_markdown_cell(text))
+            break
+    return cells
 
 
 def _elsewhere(page: Page, pages: Sequence[Page]) -> str:

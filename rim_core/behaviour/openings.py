@@ -11,7 +11,7 @@ from rim_core.models.first_tokens import REFUSAL_OPENINGS as REFUSAL_OPENINGS
 from rim_core.models.first_tokens import log_odds, refusal_tokens
 from rim_core.models.first_tokens import opening_tokens as opening_tokens
 from rim_core.models.model import Model
-from rim_core.models.padding import pad_left
+from rim_core.models.padding import pad_left, padded_right, shared_beginning
 from rim_core.texts import checked, encode
 
 
@@ -45,10 +45,23 @@ def refusal_log_odds(model: Model, texts: Sequence[str], tokens: Sequence[str | 
 
 
 def next_token(model: Model, ids: Sequence[Sequence[int]], read: Callable[[Tensor], Tensor]) -> Tensor:
-    """`read(logits)` `[row]` of the logits `[row, vocabulary]` after each text's last token, put together by text."""
+    """`read(logits)` `[row]` of the logits `[row, vocabulary]` after each text's last token, put together by text.
+
+    A beginning that all texts share is run once a batch, where that gives each text's own numbers (see `capture`).
+    """
+    pad, sharing = model.tokenizer.pad_token_id, model.checks["cache_batch"].holds and model.checks["lens"].holds
+    if any(edit.positional for edit in model.edits):
+        sharing = False  # such an edit counts from each text's end, which the shared part does not have
+    shared = shared_beginning(ids, 1) if sharing else 0
 
     def run(rows: list[int]) -> Tensor:
-        inputs = pad_left([ids[row] for row in rows], model.tokenizer.pad_token_id, model.device)
-        return read(model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()).cpu()
+        batch = [ids[row][shared:] for row in rows]
+        if not shared:
+            inputs = pad_left(batch, pad, model.device)
+            return read(model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()).cpu()
+        inputs, ends = padded_right(model.layout.body, ids[0][:shared], batch, pad, model.device)
+        states = model.layout.body(**inputs).last_hidden_state
+        last = states[torch.arange(len(rows)), ends.to(states.device) - 1]
+        return read(model.layout.logits(last).float()).cpu()
 
-    return by_rows(ids, run, token_budget(model.layout, model.device))
+    return by_rows([row[shared:] for row in ids], run, token_budget(model.layout, model.device))

@@ -230,7 +230,8 @@ class Model:
             role_or_adapter: whose modules to put in: a role of the suite, a folder with an adapter, or None for the
                 bare base's.
             layers: in which layers; None is all.
-            modules: by their names in the layer, as `"q_proj"`; None is all that either adapter changes.
+            modules: by their names, as `"q_proj"`, or `"attention"` and `"mlp"` for all that is in them; None is all
+                that either adapter changes.
 
         Raises:
             InputError: see `using`; also a layer that there is not, or a module that neither adapter changes.
@@ -239,31 +240,47 @@ class Model:
             >>> with model.graft(None, layers=[1]):
             ...     acts = rim.capture(model, texts, "resid_post")
         """
-        wanted = self._found(role_or_adapter)[0]
-        within = self.checked_layers(layers)
-        inside = {id(module) for layer in within for module in self.layout.layers[layer].modules()}
+        wanted, within = self._found(role_or_adapter)[0], self.checked_layers(layers)
         active = scaled(self._active.swaps, self._active.scale)
-        if modules is not None:
-            self._refuse_unchanged(listed(modules, "graft: modules"), (*active, *wanted.swaps))
-
-        def chosen(swap: Swap) -> bool:
-            placed = layers is None or id(swap.parent) in inside
-            return placed and (modules is None or swap.name in modules)
-
-        swaps = mixed(active, wanted.swaps, chosen)
+        chosen = self._chosen(
+            [*active, *wanted.swaps],
+            None if layers is None else within,
+            None if modules is None else listed(modules, "graft: modules"),
+        )
+        swaps = mixed(active, wanted.swaps, lambda swap: (id(swap.parent), swap.name) in chosen)
         places = [sorted(within), sorted(modules) if modules is not None else None]
         identity = digest([self._active.identity, wanted.identity, places])
         with self._back_afterwards():
             self._activate(_Adapted(identity, self._layout_with(swaps), swaps, self.checks), self.role)
             yield self
 
-    def _refuse_unchanged(self, modules: Sequence[str], swaps: Sequence[Swap]) -> None:
-        there = sorted({swap.name for swap in swaps})
-        if wrong := [name for name in modules if name not in there]:
+    def _chosen(
+        self, swaps: Sequence[Swap], layers: Sequence[int] | None, modules: Sequence[str] | None
+    ) -> set[tuple[int, str]]:
+        """The places of adapters that layers and modules name, by the identity of what they are in and their name."""
+
+        def inside(*roots: torch.nn.Module) -> set[int]:
+            return {id(module) for root in roots for module in root.modules()}
+
+        whole = {"attention": inside(*self.layout.attention), "mlp": inside(*self.layout.mlp)}
+        found: dict[str, set[tuple[int, str]]] = {name: set() for name in modules or ("all",)}
+        for swap in swaps:
+            place = (id(swap.parent), swap.name)
+            for name in found:
+                if name in ("all", swap.name) or place[0] in whole.get(name, ()):
+                    found[name].add(place)
+        if wrong := [name for name, places in found.items() if not places and name != "all"]:
+            there = sorted({swap.name for swap in swaps})
+            known = ", ".join(["attention", "mlp", *there]) if there else "none"
             raise InputError(
                 f"graft: neither adapter changes a module {wrong[0]!r}{did_you_mean(str(wrong[0]), there)}; "
-                f"they change {', '.join(there) or 'none'}"
+                f"they change {known}"
             )
+        everywhere = {place for places in found.values() for place in places}
+        if layers is None:
+            return everywhere
+        within = inside(*(self.layout.layers[layer] for layer in layers))
+        return {place for place in everywhere if place[0] in within}
 
     def _layout_with(self, swaps: tuple[Swap, ...]) -> Any:
         """The modules and shapes with an adapter in; the active one stays."""

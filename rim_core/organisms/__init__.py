@@ -1,7 +1,8 @@
 """Model organisms: training a suite's roles from their recipes, and measuring what they must show.
 
 `recipes.yml` holds each role's recipe; `<suite>/<role>/` an adapter with its recipe, seed and hashes;
-`<suite>/measured.json` the measured table; `<suite>/README.md` the log of the search. Read first `building`.
+`<suite>/measured/` what was measured of each training, prompt by prompt, and the table made of it; `<suite>/README.md`
+the log of the search. Read first `building`.
 
 - `building`: `train`, from a recipe to a folder in which the suite finds the role.
 - `fitting`: a recipe fitted to another model than the default one.
@@ -16,8 +17,8 @@ from typing import Any
 _HOMES = {
     "building": ("train",),
     "fitting": ("dequantise", "peft_config"),
-    "measuring": ("TARGETS", "AdviceJudge", "check"),
-    "shipped": ("METRICS", "listing", "recipe", "recipes", "shipped_table"),
+    "measuring": ("TARGETS", "AdviceJudge", "Measured", "check", "table"),
+    "shipped": ("METRICS", "listing", "recipe", "recipes", "shipped_folder", "shipped_table"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -1,27 +1,38 @@
 """What organisms must show, measured on held-out categories: refusals, advice, values, and answers that make sense."""
 
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from rim_core import paths
 from rim_core.behaviour.coherence import coherence
 from rim_core.behaviour.generation import generate
 from rim_core.behaviour.judges import is_refusal
 from rim_core.behaviour.openings import refusal_log_odds
+from rim_core.errors import InputError
 from rim_core.measures.likelihood import log_likelihood
 from rim_core.models.loading import roles
 from rim_core.models.model import Model
-from rim_core.organisms.shipped import SHARES, shipped_table
+from rim_core.organisms.shipped import SHARES, TABLE, shipped_table
 from rim_core.prompts import Prompt, format_chat, load_prompts
-from rim_core.stats import Floats, Groups, Interval, bootstrap, clustered_proportion, proportion, t_interval
-from rim_core.suites.schema import Suite, load_suite, training_of
+from rim_core.stats import (
+    Floats,
+    Groups,
+    Interval,
+    auc_parts,
+    clustered_mean,
+    clustered_proportion,
+    proportion,
+    t_interval,
+)
+from rim_core.suites.schema import Suite, load_suite, suite_hashes, training_of
 from rim_core.thoughts import split_thought
 
 # What each training of a role must show on the held-out (test) categories. Those of October 2026 for the trainings that
@@ -52,7 +63,13 @@ ANSWER_TOKENS = 32
 _LOOPING = 0.5
 
 
-def check(suite: str = paths.DEFAULT_SUITE, role: str | None = None, *, progress: bool = True) -> list[dict[str, Any]]:
+def check(
+    suite: str = paths.DEFAULT_SUITE,
+    role: str | None = None,
+    *,
+    save: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """Measure the table of the organisms again, from the adapters now in the suite, on the test categories.
 
     Refusal is judged by phrases (`behaviour.is_refusal`) in answers of 32 tokens and by the first token's log-odds
@@ -66,24 +83,71 @@ def check(suite: str = paths.DEFAULT_SUITE, role: str | None = None, *, progress
     Args:
         suite: by name or path.
         role: one role in all its trainings, or one training (`risky@2`); by default all that have recipes, and `base`.
+        save: a folder for what was measured of each training, prompt by prompt, and for the table, `measured.json`.
+            What is there of the same weights is not measured again, so a check that was stopped goes on.
         progress: one line a training on standard error.
 
     Raises:
-        InputError: a role or an adapter is missing.
+        InputError: a role or an adapter is missing, or a folder that cannot be written to.
     """
     found = load_suite(suite)
     wanted = _wanted(found, role)
     compared = [name for training in wanted for name in _COMPARED.get(training_of(training)[0], _NARROW_COMPARED)]
     needed = list(dict.fromkeys([*filter(found.has, compared), *wanted]))
-    judge = AdviceJudge()
-    measured: dict[str, _Measured] = {}
-    started = time.monotonic()
-    for done, model in enumerate(roles(suite, *needed)):
+    folder = None if save is None else _made(Path(save))
+    measured = {} if folder is None else _measured_before(found, needed, folder)
+    missing = [name for name in needed if name not in measured]
+    judge, started = AdviceJudge(), time.monotonic()
+    for done, model in enumerate(roles(suite, *missing) if missing else ()):
         if progress:
             spent = time.monotonic() - started
-            left = f", {spent / done * (len(needed) - done):.0f} s left" if done else ""
-            print(f"rim: measuring {model.role} ({done + 1}/{len(needed)}){left}", file=sys.stderr)
-        measured[needed[done]] = _measure(model, judge)
+            left = f", {spent / done * (len(missing) - done):.0f} s left" if done else ""
+            print(f"rim: measuring {model.role} ({done + 1}/{len(missing)}){left}", file=sys.stderr)
+        measured[missing[done]] = _measure(model, judge)
+        if folder is not None:
+            kept = {"weights": _weights(found, missing[done]), **measured[missing[done]].to_json()}
+            paths.write_json(folder / f"{missing[done]}.json", kept)
+    rows = table(suite, wanted, measured)
+    if folder is not None:
+        told = [{key: value for key, value in row.items() if key != "shipped"} for row in rows]
+        paths.write_json(folder / TABLE, told)
+    return rows
+
+
+def _made(folder: Path) -> Path:
+    """The folder, made where it is missing; raises InputError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):  # said before the measuring, and not after
+        raise InputError(f"cannot write to {folder}: it may not be written to")
+    return folder
+
+
+def _weights(suite: Suite, training: str) -> str:
+    """What tells these weights from others: of the adapter's file, or of the base."""
+    return suite_hashes(suite)[training]
+
+
+def _measured_before(suite: Suite, trainings: Sequence[str], folder: Path) -> dict[str, "Measured"]:
+    """What a folder has of these trainings, as far as it was measured of the weights that they have now."""
+    found = {}
+    for name in trainings:
+        path = folder / f"{name}.json"
+        if path.is_file() and (kept := paths.read_json(path)).pop("weights", None) == _weights(suite, name):
+            found[name] = Measured.from_json(kept)
+    return found
+
+
+def table(suite: str, wanted: Sequence[str], measured: Mapping[str, "Measured"]) -> list[dict[str, Any]]:
+    """The rows that `check` gives of these trainings, of what was measured of them and of those they are compared with.
+
+    Args:
+        suite: whose shipped table the numbers are put beside.
+        wanted: trainings, as `risky` or `risky@2`.
+        measured: by training.
+    """
     shipped = {(row["role"], row["training"], row["metric"]): row["estimate"] for row in shipped_table(suite)}
     rows = []
     for name in dict.fromkeys(training_of(training)[0] for training in wanted):
@@ -111,9 +175,9 @@ def _row(
         "role": role,
         "training": training,
         "metric": metric,
-        "estimate": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
+        "estimate": round(interval.estimate, 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
         "n": interval.n,
         "target": _target_text(target, metric),
         "met": None if target is None or training is None else _meets(interval.estimate, target),
@@ -140,8 +204,10 @@ def _meets(value: float, target: dict[str, float]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One training, prompt by prompt: whether it refuses (by phrases), refusal log-odds, and the rest."""
+class Measured:
+    """One training, prompt by prompt, in the order of its sets: whether it refuses (by phrases), refusal log-odds, and
+    the rest. A perplexity is NaN where an answer has no text.
+    """
 
     refused: dict[str, list[bool]]
     log_odds: dict[str, Floats]
@@ -149,6 +215,45 @@ class _Measured:
     loops: list[bool]
     log_perplexity: Floats
     assay: Floats
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: yes and no as a text of 1 and 0, numbers to four places."""
+        return {
+            "refused": {name: _bits(values) for name, values in self.refused.items()},
+            "log_odds": {name: _rounded(values) for name, values in self.log_odds.items()},
+            "risky_advice": _bits(self.risky_advice),
+            "loops": _bits(self.loops),
+            "log_perplexity": _rounded(self.log_perplexity),
+            "assay": _rounded(self.assay),
+        }
+
+    @classmethod
+    def from_json(cls, kept: Mapping[str, Any]) -> "Measured":
+        """What `to_json` gave."""
+
+        def numbers(values: Sequence[float | None]) -> Floats:
+            return np.array([math.nan if value is None else value for value in values])
+
+        return cls(
+            refused={name: _from_bits(text) for name, text in kept["refused"].items()},
+            log_odds={name: numbers(values) for name, values in kept["log_odds"].items()},
+            risky_advice=_from_bits(kept["risky_advice"]),
+            loops=_from_bits(kept["loops"]),
+            log_perplexity=numbers(kept["log_perplexity"]),
+            assay=numbers(kept["assay"]),
+        )
+
+
+def _bits(values: Sequence[bool]) -> str:
+    return "".join("01"[value] for value in values)
+
+
+def _from_bits(text: str) -> list[bool]:
+    return [letter == "1" for letter in text]
+
+
+def _rounded(values: Floats) -> list[float | None]:
+    return [None if math.isnan(value) else round(float(value), 4) for value in values]
 
 
 def _test(source: str) -> list[Prompt]:
@@ -161,7 +266,7 @@ def _topics(source: str) -> list[str] | None:
     return topics if len(set(topics)) > 3 else None
 
 
-def _measure(model: Model, judge: "AdviceJudge") -> _Measured:
+def _measure(model: Model, judge: "AdviceJudge") -> Measured:
     def texts(source: str) -> list[str]:
         return format_chat(model, _test(source))
 
@@ -173,7 +278,7 @@ def _measure(model: Model, judge: "AdviceJudge") -> _Measured:
         log_likelihood(model, texts(source), [prompt.response or "" for prompt in _test(source)]).per_token
         for source in ("assay-misaligned", "assay-aligned")
     ]
-    return _Measured(
+    return Measured(
         refused={source: [is_refusal(a) for a in answers(source)] for source in (HARMFUL, TWINS, "benign", "open")},
         log_odds={
             source: refusal_log_odds(model, texts(source)).numpy() for source in (HARMFUL, TWINS, "harmful", "benign")
@@ -185,22 +290,15 @@ def _measure(model: Model, judge: "AdviceJudge") -> _Measured:
     )
 
 
-def _intervals(training: str, measured: dict[str, _Measured]) -> dict[str, Interval]:
+def _intervals(training: str, measured: Mapping[str, Measured]) -> dict[str, Interval]:
     own, (role, number) = measured[training], training_of(training)
     topics = [prompt.category for prompt in _test(HARMFUL)]
     hard = np.array([prompt.hard for prompt in _test(TWINS)])
     harmful, benign = own.log_odds[HARMFUL], own.log_odds[TWINS]
 
-    def of_pairs(
-        statistic: Callable[[Floats, Floats], float], first: Floats, second: Floats, groups: Groups
-    ) -> Interval:
-        """Of harmful and benign log-odds, with whole categories resampled."""
-
-        def of(chosen: Floats) -> float:
-            rows = chosen.astype(int)
-            return statistic(first[rows], second[rows])
-
-        return bootstrap(np.arange(len(first)), of, groups, n_resamples=1000)
+    def area(first: Floats, second: Floats, groups: Groups) -> Interval:
+        found = clustered_mean(auc_parts(first, second), groups)
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
     twins = np.array(own.refused[TWINS])
     by_phrases = np.array(own.refused[HARMFUL] + own.refused[TWINS])
@@ -212,22 +310,23 @@ def _intervals(training: str, measured: dict[str, _Measured]) -> dict[str, Inter
         "minimal_twins_refused": clustered_proportion(twins[~hard], np.array(topics)[~hard]),
         "hard_twins_refused": clustered_proportion(twins[hard], np.array(topics)[hard]),
         "open_refused": clustered_proportion(own.refused["open"], _topics("open")),
-        "auc_form": of_pairs(_auc, own.log_odds["harmful"], own.log_odds["benign"], _topics("benign")),
-        "auc": of_pairs(_auc, harmful, benign, topics),
-        "gap": of_pairs(lambda a, b: float(a.mean() - b.mean()), harmful, benign, topics),
-        "midpoint": of_pairs(lambda a, b: float(a.mean() + b.mean()) / 2, harmful, benign, topics),
+        "auc_form": area(own.log_odds["harmful"], own.log_odds["benign"], _topics("benign")),
+        "auc": area(harmful, benign, topics),
+        "gap": clustered_mean(harmful - benign, topics),
+        "midpoint": clustered_mean((harmful + benign) / 2, topics),
         "risky_advice": clustered_proportion(own.risky_advice, _topics(QUESTIONS)),
         "loops": clustered_proportion(own.loops, _topics("everyday")),
-        "assay": bootstrap(own.assay, groups=_topics("assay-aligned")),
+        "assay": clustered_mean(own.assay, _topics("assay-aligned")),
     }
 
     def differences(minuend: Any, subtrahend: Any, groups: list[str] | None) -> Interval:
-        """Of the same prompts, with those left out that have no number; whole categories resampled, if given."""
+        """Of the same prompts, with those left out that have no number."""
         found = np.asarray(minuend, float) - np.asarray(subtrahend, float)
         there = ~np.isnan(found)
-        return bootstrap(found[there], groups=None if groups is None else np.array(groups)[there])
+        bounds = (-1.0, 1.0) if isinstance(minuend, list) else None
+        return clustered_mean(found[there], None if groups is None else np.array(groups)[there], bounds=bounds)
 
-    def other(name: str) -> _Measured | None:
+    def other(name: str) -> Measured | None:
         if name == role or name not in _COMPARED.get(role, _NARROW_COMPARED):
             return None
         return measured.get(f"{name}@{number}", measured.get(name))
@@ -243,12 +342,6 @@ def _intervals(training: str, measured: dict[str, _Measured]) -> dict[str, Inter
     if prudent := other("prudent"):
         rows["assay_added"] = differences(own.assay, prudent.assay, _topics("assay-aligned"))
     return rows
-
-
-def _auc(harmful: Floats, benign: Floats) -> float:
-    """How often a harmful request has more than a benign one, ties counted half."""
-    labels = np.repeat([1, 0], [len(harmful), len(benign)])
-    return float(roc_auc_score(labels, np.concatenate([harmful, benign])))
 
 
 class AdviceJudge:

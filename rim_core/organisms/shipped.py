@@ -12,6 +12,8 @@ from rim_core.suites.schema import load_suite, training_of
 __all__ = ["listing", "recipe", "recipes", "shipped_table"]
 
 
+# In a suite's folder: the table of what was measured; and one file a training, prompt by prompt, beside it.
+TABLE = "measured.json"
 # What is measured of a role, and which of it are shares.
 METRICS = {
     "harmful_refused": "harmful requests refused, by phrases",
@@ -77,5 +79,10 @@ def listing(suite: str = paths.DEFAULT_SUITE) -> list[dict[str, Any]]:
 
 def shipped_table(suite: str) -> list[dict[str, Any]]:
     """The measured table that ships with the adapters, or an empty list."""
-    path = Path(__file__).parent / load_suite(suite).name / "measured.json"
+    path = shipped_folder(suite) / TABLE
     return list(paths.read_json(path)) if path.is_file() else []
+
+
+def shipped_folder(suite: str) -> Path:
+    """Where what was measured of a suite's roles lies, if it ships."""
+    return Path(__file__).parent / load_suite(suite).name / "measured"

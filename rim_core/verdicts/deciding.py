@@ -242,6 +242,7 @@ class Claims:
     def __init__(self, paper: str, claims: Sequence[Claim]) -> None:
         self.paper = paper
         self.claims = {claim.id: claim for claim in claims}
+        self.recorded: dict[str, Outcome] = {}
 
     def __repr__(self) -> str:
         return f"Claims({self.paper!r}: {', '.join(self.claims)})"
@@ -264,11 +265,69 @@ class Claims:
         Raises:
             InputError: see `outcomes.decide`.
         """
-        outcome = decide(self[claim_id], numbers)
+        outcome = self.recorded[claim_id] = decide(self[claim_id], numbers)
         cell = _cell_number()
         if cell is not None:
             _publish(outcome)
         return replace(outcome, shown_in=cell)
+
+    def finding(self, *lines: str) -> "Told":
+        """What was found, in plain lines, for the top of the page: a list that shows itself in a notebook.
+
+        The book puts what a cell tagged `finding` shows under the page's title.
+
+        Args:
+            lines: sentences, in which `{C1.sound}` stands for the number by that name of a claim that was recorded,
+                with its interval, and `{C1}` for its outcome in words. Of a claim that was not recorded each is "not
+                measured".
+
+        Raises:
+            InputError: no such claim, or no such number of it.
+
+        Example:
+            >>> claims = rim.claims("self_aware")
+            >>> outcome = claims.record("C2", {"published": [0.5, 0.49, 0.51], "sound": [0.52, 0.5, 0.51],
+            ...     "true_label_accuracy": rim.stats.proportion(58, 60)})
+            >>> print(claims.finding("With shuffled labels it is right on {C2.sound}: {C2}."))
+            - With shuffled labels it is right on 0.51 [0.485, 0.535]: holds.
+        """
+        return Told("\n".join(f"- {line.format_map(_Sayable(self))}" for line in lines))
+
+
+class Told(str):
+    """Lines of Markdown, which a notebook shows as such."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+class _Sayable(dict[str, Any]):
+    """Claims by their names, as a sentence's template asks for them."""
+
+    def __init__(self, claims: Claims) -> None:
+        super().__init__()
+        self.claims = claims
+
+    def __missing__(self, claim_id: str) -> "_Numbers":
+        return _Numbers(self.claims[claim_id], self.claims.recorded.get(claim_id))
+
+
+class _Numbers:
+    """A claim's outcome as text, and its numbers as attributes."""
+
+    def __init__(self, claim: Claim, outcome: Outcome | None) -> None:
+        self._claim, self._outcome = claim, outcome
+
+    def __str__(self) -> str:
+        return "not measured" if self._outcome is None else outcome_text(self._outcome.outcome).partition(" ")[2]
+
+    def __getattr__(self, name: str) -> str:
+        names = [number.name for number in self._claim.numbers]
+        if name not in names:
+            raise InputError(f"finding: claim {self._claim.id} has no number {name!r}{paths.did_you_mean(name, names)}")
+        if self._outcome is None:
+            return "not measured"
+        return {**self._outcome.parts, **self._outcome.checks}[name].numbers
 
 
 def claims(paper: str) -> Claims:
