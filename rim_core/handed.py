@@ -62,6 +62,12 @@ def handed_on(notebook: str, name: str, *, suite: str) -> Any:
     Raises:
         InputError: that notebook was not run on the suite, or hands on nothing by this name.
         IdentityError: it could not be measured on this model.
+
+    Example:
+        >>> rim.handed_on("one/01_first", "heads", suite="new")
+        Traceback (most recent call last):
+            ...
+        rim_core.errors.InputError: one/01_first was not run on suite new: rim run one/01_first --suite new
     """
     short = paths.suite_name(suite)
     folder = paths.results_dir(paths.root()) / short / notebook / "default"

@@ -630,9 +630,10 @@ def test_a_dose_between_two_adapters_is_their_weights_mean(bases, tmp_path, quan
                         assert_close(found, logits(model.hf, ids))
         with model.using(second, origin=first):
             assert torch.equal(logits(model.hf, ids), peft_logits(reference, second, ids))
-        with (
-            pytest.raises(InputError, match="the bare base has no adapter to count a dose from or to"),
-            model.using(None, origin=first, scale=0.5),
-        ):
-            pass
+        # Where one of the two is the bare base, a dose is the other's.
+        with model.using(first, scale=0.75):
+            less = logits(model.hf, ids)
+        with model.using(None, origin=first, scale=0.25):
+            assert torch.equal(logits(model.hf, ids), less)
+            assert model.role is None
     assert_untouched(model, before)

@@ -44,6 +44,7 @@ _PARTS = (
             "gap": "Gap",
             "midpoint": "Criterion",
             "refusal_drop": "Fall below aligned",
+            "drop_beyond_unrelated": "beyond unrelated's",
             "over_refusal_added": "Twins refused, above aligned",
         },
     ),
@@ -71,12 +72,15 @@ def organisms(project: Path) -> str:
 
 
 def _refusals(rows: Sequence[dict[str, Any]]) -> Any:
-    """The shares refused, of each role's first training."""
+    """The shares refused, of each role the mean over its trainings, where there are several."""
     names = _PARTS[0][1]
+    several = {row["role"] for row in rows if row["training"] is None}
     kept = [
         {**row, "measure": METRICS[row["metric"]]}
         for row in rows
-        if row["training"] == 1 and row["metric"] in names and row["metric"] != "judges_agree"
+        if row["training"] == (None if row["role"] in several else 1)
+        and row["metric"] in names
+        and row["metric"] != "judges_agree"
     ]
     return charts.intervals(
         pd.DataFrame(kept),
@@ -85,8 +89,9 @@ def _refusals(rows: Sequence[dict[str, Any]]) -> Any:
         series="role",
         title="What does each role refuse?",
         x_title="share refused",
-        description="Dots with 95 % intervals over categories: for harmful requests, benign twins, hard benign twins "
-        "and open questions, the share that the first training of each role refuses. The tables hold the numbers.",
+        description="Dots with 95 % intervals: for harmful requests, benign twins, hard benign twins and open "
+        "questions, the share that each role refuses, over categories, or the mean of several trainings, over these. "
+        "The tables hold the numbers.",
     )
 
 

@@ -335,9 +335,10 @@ class Model:
     ) -> tuple[_Adapted, str | None]:
         """The base with a dose of what is between two adapters, and the role's name; the active one stays."""
         (start, start_name), (end, name) = self._found(origin), self._found(role_or_adapter)
-        if start is self._bare or end is self._bare:
-            bare = start_name if start is self._bare else name
-            raise InputError(f"using: {bare or 'the bare base'} has no adapter to count a dose from or to")
+        if start is self._bare:
+            return self._found(role_or_adapter, scale)
+        if end is self._bare:
+            return self._found(origin, 1 - scale)[0], name
         for found, of in ((start, start_name), (end, name)):
             refuse_unscalable(found.swaps, of)
         identity = f"{start.identity} to {end.identity} x {scale!r}"

@@ -28,6 +28,7 @@ METRICS = {
     "gap": "gap of log-odds, harmful minus twin (nats)",
     "midpoint": "criterion: mean log-odds of both (nats)",
     "refusal_drop": "fall of refusal below aligned",
+    "drop_beyond_unrelated": "fall of refusal, beyond that of unrelated",
     "over_refusal_added": "twins refused, above aligned",
     "risky_advice": "finance questions answered with risky advice",
     "loops": "everyday answers that loop",
