@@ -12,6 +12,7 @@ from rim_core.models.first_tokens import log_odds, refusal_tokens
 from rim_core.models.first_tokens import opening_tokens as opening_tokens
 from rim_core.models.model import Model
 from rim_core.models.padding import pad_left, padded_right, shared_beginning
+from rim_core.models.remembering import resuming
 from rim_core.texts import checked, encode
 
 
@@ -56,11 +57,15 @@ def next_token(model: Model, ids: Sequence[Sequence[int]], read: Callable[[Tenso
 
     def run(rows: list[int]) -> Tensor:
         batch = [ids[row][shared:] for row in rows]
+        known = (shared, *(tuple(ids[row]) for row in rows))
         if not shared:
             inputs = pad_left(batch, pad, model.device)
-            return read(model.hf(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()).cpu()
+            with resuming(model, known):
+                logits = model.hf(**inputs, use_cache=False, logits_to_keep=1).logits
+            return read(logits[:, -1].float()).cpu()
         inputs, ends = padded_right(model.layout.body, ids[0][:shared], batch, pad, model.device)
-        states = model.layout.body(**inputs).last_hidden_state
+        with resuming(model, known):
+            states = model.layout.body(**inputs).last_hidden_state
         last = states[torch.arange(len(rows)), ends.to(states.device) - 1]
         return read(model.layout.logits(last).float()).cpu()
 

@@ -10,6 +10,7 @@
 - `capture`: activations of many texts.
 - `padding`: positions, padding, and beginnings that prompts share; `batching`: batches of what fits in memory.
 - `decoding`: rows that are decoded side by side; `arms`: each with its own edits; `small_passes`: sooner on a CPU.
+- `remembering`: what lower layers made of a batch, kept while upper ones change.
 - `tokens`: tokens by name, and where a fragment lies.
 - `remote`: nnsight, and models that run at NDIF.
 """

@@ -4,7 +4,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rim_core.models import remote as far
 from rim_core.models.adapters import Swap, attach, mixed, put_in, refuse_unscalable, scaled, take_out, write_between
 from rim_core.models.checks import Checks
 from rim_core.models.layout import find_layout
+from rim_core.models.remembering import Memory
 from rim_core.paths import did_you_mean
 from rim_core.suites.checkpoints import adapter_folder
 from rim_core.suites.schema import Suite
@@ -33,6 +34,7 @@ class _Adapted:
     swaps: tuple[Swap, ...] = ()
     checks: Checks = field(default_factory=Checks)
     scale: float = 1.0
+    grafted: bool = False
 
 
 class Model:
@@ -82,6 +84,7 @@ class Model:
         self._adapted: dict[str, _Adapted] = {}
         self._active = self._bare
         self._views: dict[str, Any] = {}
+        self.memory: Memory | None = None
         self.edits: list[Any] = []
         self.hooks: list[Any] = []
         # `using` and `bare` now entered: until they are left, these weights are not free for another role.
@@ -251,8 +254,45 @@ class Model:
         places = [sorted(within), sorted(modules) if modules is not None else None]
         identity = digest([self._active.identity, wanted.identity, places])
         with self._back_afterwards():
-            self._activate(_Adapted(identity, self._layout_with(swaps), swaps, self.checks), self.role)
+            whole = _Adapted(identity, self._layout_with(swaps), swaps, self.checks, grafted=True)
+            self._activate(whole, self.role)
             yield self
+
+    @property
+    def grafted(self) -> bool:
+        """Whether a graft is active."""
+        return self._active.grafted
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator["Model"]:
+        """Within the context `refusal_log_odds` of texts that were asked before begins at the first layer that is not
+        what it was then: the same numbers, sooner, where roles or grafts differ in upper layers. It takes memory, at
+        most 2 GB, for what each layer makes of each text.
+
+        Example:
+            >>> with model.remembering():
+            ...     first, again = (rim.refusal_log_odds(model, texts, [5, 17]) for _ in range(2))
+            >>> bool((first == again).all())
+            True
+        """
+        before, self.memory = self.memory, Memory()
+        try:
+            yield self
+        finally:
+            self.memory = before
+
+    def below(self) -> list[Hashable]:
+        """Of each depth, 0 to the number of layers, what adapters have put into the layers below it: equal where these
+        compute the same.
+        """
+        places = {id(module): n for n, layer in enumerate(self.layout.layers) for module in layer.modules()}
+        found: list[set[Hashable]] = [set() for _ in range(self.n_layers + 1)]
+        for swap in self._active.swaps:
+            scaling = tuple(sorted((swap.factors or {}).items()))
+            # What is put into no layer, such as into the embedding, lies below all.
+            for depth in range(places.get(id(swap.parent), -1) + 1, self.n_layers + 1):
+                found[depth].add((id(swap.adapted), scaling, self._active.scale))
+        return [frozenset(each) for each in found]
 
     def _chosen(
         self, swaps: Sequence[Swap], layers: Sequence[int] | None, modules: Sequence[str] | None
