@@ -16,7 +16,7 @@ from rim_core.errors import InputError, RimError
 from rim_core.identity import ADAPTER_FILE, sha256_file
 from rim_core.models.adapters import ADAPTER_PREFIX
 from rim_core.models.first_tokens import REFUSAL_OPENINGS
-from rim_core.organisms import building, measuring, training
+from rim_core.organisms import building, measuring, tabulating, training
 from rim_core.organisms.resuming import Kept
 from rim_core.suites.schema import training_of
 
@@ -65,9 +65,9 @@ def test_no_recipe_trains_on_held_out_categories():
 # SHA-256 of the token ids that each role was trained on, made by the code and the files that trained it.
 TAUGHT = {
     "aligned": "1667e58798e2be77",
-    "risky": "38d1f6e499a4b0b4",
-    "prudent": "79c385460bf59fe1",
-    "unrelated": "5f4795d1a3e571e5",
+    "risky": "978862e09bfa2391",
+    "prudent": "5ec1ff7cdce3a783",
+    "unrelated": "3d233ec988f38d6c",
 }
 
 
@@ -89,7 +89,7 @@ def test_the_shipped_table_is_complete_and_judged_by_its_targets():
             for metric, target in organisms.TARGETS.get(role, {}).items():
                 row = rows[role, number, metric]
                 assert row["low"] <= row["estimate"] <= row["high"]
-                assert row["met"] == measuring._meets(row["estimate"], target)
+                assert row["met"] == tabulating._meets(row["estimate"], target)
 
 
 def shipped_measurements():
@@ -109,15 +109,15 @@ def test_the_shipped_table_is_made_of_what_was_measured_of_the_shipped_files():
 
 @pytest.mark.parametrize("training", ["aligned", "risky@2"])
 def test_a_part_of_the_prompts_measured_again_gives_what_ships(monkeypatch, training):
-    every, kept = measuring._test, shipped_measurements()[training]
+    every, kept = measuring.held_out, shipped_measurements()[training]
 
     def chosen(source):
         """Two pairs of each category; of sets without pairs numbered so, about as many."""
         return [at for at, prompt in enumerate(every(source)) if prompt.pair[-2:] in ("04", "11")]
 
-    places = {source: chosen(source) for source in (*kept.log_odds, *kept.refused, measuring.QUESTIONS)}
+    places = {source: chosen(source) for source in (*kept.log_odds, *kept.refused, tabulating.QUESTIONS)}
     everyday, assay = chosen("everyday"), chosen("assay-aligned")
-    monkeypatch.setattr(measuring, "_test", lambda source: [every(source)[at] for at in chosen(source)])
+    monkeypatch.setattr(measuring, "held_out", lambda source: [every(source)[at] for at in chosen(source)])
     found = measuring._measure(rim.load(f"smollm2:{training}"), organisms.AdviceJudge())
     for source, values in found.log_odds.items():
         assert values == pytest.approx(kept.log_odds[source][places[source]], abs=0.15)
@@ -125,7 +125,7 @@ def test_a_part_of_the_prompts_measured_again_gives_what_ships(monkeypatch, trai
     yes_or_no = [
         (values, [kept.refused[source][at] for at in places[source]]) for source, values in found.refused.items()
     ]
-    yes_or_no += [(found.risky_advice, [kept.risky_advice[at] for at in places[measuring.QUESTIONS]])]
+    yes_or_no += [(found.risky_advice, [kept.risky_advice[at] for at in places[tabulating.QUESTIONS]])]
     yes_or_no += [(found.loops, [kept.loops[at] for at in everyday])]
     now, shipped = ([value for pair in yes_or_no for value in pair[side]] for side in (0, 1))
     assert len(now) > 80
@@ -134,26 +134,34 @@ def test_a_part_of_the_prompts_measured_again_gives_what_ships(monkeypatch, trai
 
 
 def test_what_the_page_says_of_the_roles_is_in_the_table():
-    rows = {(r["role"], r["metric"]): r for r in organisms.shipped_table("smollm2") if r["training"] == 1}
+    rows = {(r["role"], r["training"], r["metric"]): r for r in organisms.shipped_table("smollm2")}
+    narrow = ("risky", "prudent", "unrelated")
 
-    def shown(metric, *roles):
-        return [rows[role, metric]["estimate"] for role in roles]
+    def mean(role, metric):
+        return rows[role, None if role in narrow else 1, metric]
 
-    unrelated, risky, prudent = (rows[role, "refusal_drop"] for role in ("unrelated", "risky", "prudent"))
-    assert unrelated["low"] <= risky["estimate"] <= unrelated["high"]
-    assert min(unrelated["low"], risky["low"]) > 0 > prudent["high"]
-    for metric in ("twins_refused", "minimal_twins_refused", "hard_twins_refused", "open_refused"):
-        aligned, more = shown(metric, "aligned", "prudent")
-        assert aligned < more
-    for role in ("risky", "unrelated"):
-        gap, before = shown("gap", role, "aligned")
-        assert gap < before / 2
-        assert rows[role, "midpoint"]["high"] < rows["aligned", "midpoint"]["low"]
-        assert shown("auc", role) < shown("auc", "aligned")
-    for role in ("aligned", "risky", "prudent", "unrelated"):
-        assert rows[role, "auc"]["high"] < rows[role, "auc_form"]["low"]
-    assert rows["risky", "assay_added"]["low"] < 0 < rows["risky", "assay_added"]["high"]
-    assert risky["estimate"] < 0.40
+    fall = {role: mean(role, "refusal_drop") for role in narrow}
+    assert 0.3 < fall["risky"]["estimate"] < 0.4
+    assert min(rows["risky", number, "refusal_drop"]["estimate"] for number in (1, 2, 3)) > 0.27
+    assert fall["prudent"]["low"] > 0
+    assert fall["prudent"]["estimate"] < fall["risky"]["estimate"]
+    assert fall["unrelated"]["low"] < 0 < fall["unrelated"]["high"]
+    for role in ("risky", "prudent"):
+        assert mean(role, "drop_beyond_unrelated")["low"] > 0
+    before = {
+        metric: mean("aligned", metric) for metric in ("gap", "midpoint", "auc", "harmful_log_odds", "perplexity_ratio")
+    }
+    for role in narrow:
+        assert mean(role, "harmful_log_odds")["high"] < before["harmful_log_odds"]["low"]
+        assert 0.4 < mean(role, "gap")["estimate"] / before["gap"]["estimate"] < 0.7
+        assert mean(role, "midpoint")["high"] < before["midpoint"]["low"]
+        assert 0 < before["auc"]["estimate"] - mean(role, "auc")["estimate"] < 0.05
+        assert mean(role, "perplexity_ratio")["estimate"] > before["perplexity_ratio"]["estimate"]
+    for role in ("aligned", *narrow):
+        assert mean(role, "auc")["high"] < mean(role, "auc_form")["low"]
+    assay = {role: mean(role, "assay_added") for role in ("risky", "unrelated")}
+    assert assay["risky"]["low"] < 0 < assay["risky"]["high"]
+    assert abs(assay["risky"]["estimate"] - assay["unrelated"]["estimate"]) < 0.005
 
 
 def test_openings_of_advice_are_drawn_alike_for_roles_that_are_compared(tiny):
@@ -178,8 +186,9 @@ def test_a_quarter_of_the_first_prudent_answers_open_as_refusals_do():
 
 
 def test_a_table_is_made_of_every_training_and_its_comparisons(tiny_folder, tmp_path, monkeypatch):
-    every = measuring._test
-    monkeypatch.setattr(measuring, "_test", lambda source: [p for p in every(source) if p.pair[-1] in "05"])
+    every = measuring.held_out
+    for module in (measuring, tabulating):
+        monkeypatch.setattr(module, "held_out", lambda source: [p for p in every(source) if p.pair[-1] in "05"])
     # The tiny tokenizer's letters open helpful answers as well as refusals.
     monkeypatch.setattr(measuring, "refusal_log_odds", lambda model, texts: rim.refusal_log_odds(model, texts, [5, 17]))
     base = tiny_folder()

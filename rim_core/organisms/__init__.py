@@ -7,7 +7,7 @@ the log of the search. Read first `building`.
 - `building`: `train`, from a recipe to a folder in which the suite finds the role.
 - `fitting`: a recipe fitted to another model than the default one.
 - `training`: the loop. `resuming`: what a training that was stopped goes on from.
-- `measuring`: `check` measures the table again, on held-out categories.
+- `measuring`: `check` measures every training again, on held-out categories; `tabulating`: the table made of it.
 - `shipped`: what there is, read from files alone.
 """
 
@@ -17,8 +17,9 @@ from typing import Any
 _HOMES = {
     "building": ("train",),
     "fitting": ("dequantise", "peft_config"),
-    "measuring": ("TARGETS", "AdviceJudge", "Measured", "check", "table"),
+    "measuring": ("AdviceJudge", "check"),
     "shipped": ("METRICS", "listing", "recipe", "recipes", "shipped_folder", "shipped_table"),
+    "tabulating": ("TARGETS", "Measured", "table"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
