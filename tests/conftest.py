@@ -68,7 +68,7 @@ REDUCED = {
         "n_few": "14",
     },
     "synthesis/02_where_the_fine_tuning_acts": {"n_trainings": "1", "n_prompts": "14", "group": "9"},
-    "synthesis/03_do_the_witnesses_agree": {"n_pairs": "14", "n_fit": "4", "n_resamples": "20"},
+    "synthesis/03_do_the_witnesses_agree": {"n_pairs": "14", "n_fit": "4", "n_permutations": "20"},
 }
 # Unquantised, since that loads faster on a CPU; one notebook keeps the default.
 REDUCED |= {
