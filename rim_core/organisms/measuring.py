@@ -84,7 +84,9 @@ def check(
             paths.write_json(folder / f"{missing[done]}.json", {"weights": _weights(found, missing[done]), **kept})
     rows = table(suite, wanted, measured)
     if folder is not None:
-        told = [{key: value for key, value in row.items() if key != "shipped"} for row in rows]
+        ends = ("estimate", "low", "high")
+        told = [{key: row[key] for key in row if key != "shipped"} for row in rows]
+        told = [{**row, **{key: round(row[key], 4) for key in ends}} for row in told]
         paths.write_json(folder / TABLE, told)
     return rows
 
