@@ -60,8 +60,9 @@ class _Links:
         return Markup('<span class="rim-outcome rim-{}">{}</span>').format(name, shown)
 
     def both(self, row: Row) -> list[str]:
-        """Whether the claim holds, and under it what the paper's own method gave."""
-        return [self.outcome(row), f"as published: {reproduced_text(row['reproduced'])}"]
+        """Whether the claim holds, and under it what the paper's own method gave, where a paper has one."""
+        published = [f"as published: {reproduced_text(row['reproduced'])}"] if row["reproduced"] else []
+        return [self.outcome(row), *published]
 
 
 def _suites(rows: Sequence[Row]) -> list[str]:

@@ -114,7 +114,7 @@ class Outcome(Finding):
         return f"{self.claim_id}: {self.label}; {self.reason}"
 
     def _repr_html_(self) -> str:
-        rows = [("The paper's method", reproduced_text(self.reproduced))]
+        rows = [("The paper's method", reproduced_text(self.reproduced))] if self.reproduced else []
         rows.append(("Measured", f"{self.number.replace('_', ' ')} {self.numbers} {self.unit}".strip()))
         if self.published:
             rows.append(("Published", self.published))

@@ -67,9 +67,9 @@ def outcome_text(outcome: str) -> str:
 
 
 def reproduced_text(outcome: str | None) -> str:
-    """The same of the paper's own version: `✗ not reproduced`; where it is not run, that."""
+    """The same of the paper's own version: `✗ not reproduced`; a dash where no paper has one."""
     if outcome is None:
-        return "○ not run as published"
+        return "–"
     return f"{SYMBOLS[outcome]} {REPRODUCED.get(outcome, outcome.replace('_', ' '))}"
 
 
