@@ -219,27 +219,29 @@ def _with_fetched(parts: Mapping[str, str], before: Mapping[str, str], after: Ma
 def _harvest(executed: Any, job: Job) -> tuple[list[dict[str, Any]], str | None]:
     """Collect the claims that a notebook recorded, and the first that it recorded in two different ways."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for cell in executed.cells:
-        for output in cell.get("outputs", []):
-            recorded = output.get("data", {}).get(MIME)
-            if not isinstance(recorded, dict):
-                continue
-            row = {**recorded, "suite": job.suite.name, "run_key": job.key}
-            name = (str(row.get("paper")), str(row.get("claim_id")))
-            if found.setdefault(name, row) != row:
-                return list(found.values()), name[1]
+    for recorded in _shown(executed, MIME):
+        row = {**recorded, "suite": job.suite.name, "run_key": job.key}
+        name = (str(row.get("paper")), str(row.get("claim_id")))
+        if found.setdefault(name, row) != row:
+            return list(found.values()), name[1]
     return list(found.values()), None
 
 
 def _handed_on(executed: Any) -> tuple[dict[str, Any], str | None]:
     """Collect what a notebook handed on, by name, and the first name that it used for two values."""
     found: dict[str, Any] = {}
+    for told in _shown(executed, HANDED):
+        if found.setdefault(str(told["name"]), told["value"]) != told["value"]:
+            return found, str(told["name"])
+    return found, None
+
+
+def _shown(executed: Any, mime: str) -> Iterator[dict[str, Any]]:
+    """What an executed notebook's cells have shown as data of one kind, in order."""
     for cell in executed.cells:
         for output in cell.get("outputs", []):
-            told = output.get("data", {}).get(HANDED)
-            if isinstance(told, dict) and found.setdefault(str(told["name"]), told["value"]) != told["value"]:
-                return found, str(told["name"])
-    return found, None
+            if isinstance(told := output.get("data", {}).get(mime), dict):
+                yield told
 
 
 def _not_applicable(job: Job, decided: Sequence[Mapping[str, Any]], why: str) -> list[dict[str, Any]]:

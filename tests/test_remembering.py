@@ -20,8 +20,14 @@ class Counted:
 
     def __init__(self, model):
         self.layers = [0] * model.n_layers
-        for at, module in enumerate(model.layout.mlp):
-            module.register_forward_hook(self._count(at))
+        self.hooks = [module.register_forward_hook(self._count(at)) for at, module in enumerate(model.layout.mlp)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
 
     def _count(self, at):
         def count(*_):
@@ -39,8 +45,7 @@ def test_a_batch_seen_again_gives_the_same_bits(family, quantization):
     model = load_tiny(family, quantization)
     texts = rim.format_chat(model, TEXTS)
     plain = rim.refusal_log_odds(model, texts, TOKENS)
-    counted = Counted(model)
-    with model.remembering():
+    with Counted(model) as counted, model.remembering():
         first = rim.refusal_log_odds(model, texts, TOKENS)
         whole = counted.since()
         again = rim.refusal_log_odds(model, texts, TOKENS)
@@ -102,8 +107,7 @@ def test_roles_and_grafts_begin_where_they_differ(adapted):
 
     plain = {name: measured(contexts) for name, contexts, _ in settings()}
     assert len({json.dumps(values.tolist()) for values in plain.values()}) == 6
-    counted = Counted(model)
-    with model.remembering():
+    with Counted(model) as counted, model.remembering():
         for name, contexts, layers in settings():
             assert torch.equal(measured(contexts), plain[name]), name
             assert counted.since() == layers, name

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from rim_core.errors import InputError
 from rim_core.organisms.shipped import shipped_table
 from rim_core.prompts import Prompt, load_prompts
 from rim_core.stats import Floats, Groups, Interval, auc_parts, clustered_mean, clustered_proportion, crossed_mean
@@ -192,15 +191,13 @@ def _interval(metric: _Metric) -> Interval:
 
 
 def _over_trainings(metrics: Sequence[_Metric]) -> Interval:
-    """Over trainings and prompts; where all values are equal, over the prompts of one training."""
+    """Over trainings and prompts; where neither differ, over the prompts of one training."""
     first, values = metrics[0], np.stack([metric.values for metric in metrics])
     there = ~np.isnan(values).any(0)
-    groups = None if first.groups is None else np.array(first.groups)[there]
-    try:
-        found = crossed_mean(values[:, there], groups)
-    except InputError:  # all values are equal
+    values = values[:, there]
+    if not np.ptp(values.mean(0)) and not np.ptp(values.mean(1)):
         return _interval(first)
-    return first.shown(found)
+    return first.shown(crossed_mean(values, None if first.groups is None else np.array(first.groups)[there]))
 
 
 def _metrics(training: str, measured: Mapping[str, Measured]) -> dict[str, _Metric]:
