@@ -598,6 +598,7 @@ def test_a_graft_that_cannot_be_is_refused_in_one_line(loras):
             ({"layers": [7]}, "layer 7 is out of range"),
             ({"modules": ["q_prj"]}, r"neither adapter changes a module 'q_prj' \(did you mean 'q_proj'\?\)"),
             ({"modules": "q_proj"}, "graft: modules must be a list, not 'q_proj'"),
+            ({"modules": []}, "graft: modules names none"),
         ):
             with pytest.raises(InputError, match=match), model.graft(second, **wrong):
                 pass
@@ -636,4 +637,16 @@ def test_a_dose_between_two_adapters_is_their_weights_mean(bases, tmp_path, quan
         with model.using(None, origin=first, scale=0.25):
             assert torch.equal(logits(model.hf, ids), less)
             assert model.role is None
+    assert_untouched(model, before)
+
+
+def test_no_dose_is_made_with_an_embedding_s_lora(loras, tmp_path):
+    model, first, _, reference = loras
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    other, before = write_adapter(reference, config, tmp_path / "embedding", 3), state(model)
+    with (
+        pytest.raises(InputError, match="no dose between these adapters: embed_tokens"),
+        model.using(other, origin=first, scale=0.5),
+    ):
+        pass
     assert_untouched(model, before)

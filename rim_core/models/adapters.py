@@ -89,6 +89,8 @@ def write_between(hf: nn.Module, first: tuple[Swap, ...], second: tuple[Swap, ..
         for swap in swaps:
             assert swap.factors is not None
             adapted: Any = swap.adapted
+            if _NAME not in getattr(adapted, "lora_A", ()):
+                raise InputError(f"no dose between these adapters: {swap.name} is changed by other than two matrices")
             a, b = (getattr(adapted, kind)[_NAME].weight.float() for kind in ("lora_A", "lora_B"))
             product = (a, b * (times * swap.factors[_NAME]))
             pairs.setdefault(names[id(swap.parent), swap.name], []).append(product)

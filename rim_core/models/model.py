@@ -302,6 +302,8 @@ class Model:
         def inside(*roots: torch.nn.Module) -> set[int]:
             return {id(module) for root in roots for module in root.modules()}
 
+        if modules is not None and not modules:
+            raise InputError("graft: modules names none; leave it out for all that either adapter changes")
         whole = {"attention": inside(*self.layout.attention), "mlp": inside(*self.layout.mlp)}
         found: dict[str, set[tuple[int, str]]] = {name: set() for name in modules or ("all",)}
         for swap in swaps:
