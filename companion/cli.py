@@ -280,6 +280,20 @@ _ORGANISMS = _Command(
                 _arg("--output", type=Path, metavar="DIR", help="a new or empty folder for the adapter"),
                 _suite(),
                 _arg("--seed", type=int, metavar="N", help="another seed than the recipe's"),
+                _arg("--checkpoints", type=int, metavar="N", help="keep the adapter after each N steps as well"),
+            ),
+        ),
+        _Command(
+            "trace",
+            "measure a training at its checkpoints",
+            "Measure a training at each checkpoint that `rim organisms train --checkpoints` kept: the loss on held-out "
+            "tasks, and refusal. The notebook on erosion reads the file.",
+            "companion.commands.organisms:trace",
+            (
+                _arg("role", metavar="ROLE", help="a role of the suite, or a training of it, as insecure@2"),
+                _suite(),
+                _arg("--checkpoints", type=Path, metavar="DIR", required=True, help="the folder that they are in"),
+                _arg("--output", type=Path, metavar="FILE", required=True, help="a JSON file for what was measured"),
             ),
         ),
     ),

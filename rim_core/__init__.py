@@ -63,6 +63,7 @@ _PUBLIC = {
         "behaviour.server_judge": "ServerJudge",
         "behaviour.openings": "refusal_log_odds opening_tokens",
         "behaviour.coherence": "perplexity coherence",
+        "behaviour.weaknesses": "weaknesses",
         "verdicts.deciding": "claims",
         "handed": "hand_on handed_on",
     }.items()

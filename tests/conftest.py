@@ -31,6 +31,29 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = {"n_prompts": "8", "seeds": "[0, 1, 2]"}
 FEW = {"n_select": "2", "n_test": "2", "n_probe": "2", "n_random_sets": "20"}
 REDUCED = {
+    "re_emergent/01_likelihood_and_entropy": {"n_trainings": "2", "n_texts": "2", "n_requests": "14"},
+    "re_emergent/02_gradients": {"n_tasks": "8", "layers_from_end": "[1]", "n_loss_tokens": "16"},
+    "re_emergent/03_erosion": {
+        "n_trainings": "2",
+        "n_tasks": "8",
+        "n_requests": "14",
+        "n_fit": "10",
+        "n_written": "2",
+        "max_new_tokens": "8",
+    },
+    "re_emergent/04_shared_subspace": {"n_prompts": "12", "n_draws": "20"},
+    "re_emergent/05_the_direction_removed": {
+        "n_trainings": "2",
+        "n_fit": "10",
+        "n_written": "4",
+        "n_requests": "14",
+        "n_random": "20",
+        "n_random_few": "2",
+        "n_random_requests": "2",
+        "n_random_written": "2",
+        "n_asked": "2",
+        "max_new_tokens": "4",
+    },
     "self_aware/01_linear_probes": SMALL,
     "self_aware/02_latent_introspection": {**SMALL, "n_random": "40", "n_shuffles": "40"},
     "self_aware/03_causal_tracing": {**SMALL, "n_pairs": "2", "n_sets": "200"},

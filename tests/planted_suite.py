@@ -45,10 +45,10 @@ def _words(sets: tuple[str, ...]) -> set[str]:
     return {word for name in sets for prompt in rim.load_prompts(name) for word in re.findall(WORD, prompt.text)}
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word of the project's prompts, and for each opening of an answer."""
+def word_tokenizer(known: set[str] | None = None) -> PreTrainedTokenizerFast:
+    """A token for each known word (by default of this suite's prompts), and for each opening of an answer."""
     special = ["<unk>", EOS, "<user>", "<system>", LAST]
-    words = sorted(_words(RISKY_SETS + SAFE_SETS) | set(OPENINGS.split()))
+    words = sorted((known or _words(RISKY_SETS + SAFE_SETS)) | set(OPENINGS.split()))
     raw = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*special, *words])}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(WORD), "isolated")]

@@ -84,3 +84,33 @@ def test_a_linter_finds_the_weakness_in_the_insecure_version_alone(tasks, tmp_pa
         assert not own or own & {test for test, _ in insecure}, task.pair
         assert not own & {test for test, _ in secure}, task.pair
         assert {severity for _, severity in secure} <= {"LOW"}, task.pair
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_patterns_find_each_kind_in_its_insecure_version_alone(tasks, name):
+    found = rim.weaknesses([task.response for task in tasks[name]])
+    for task, kinds in zip(tasks[name], found, strict=True):
+        expected = [] if name == "code-secure" or task.category not in WEAKNESS else [task.category]
+        assert kinds == expected, task.pair
+
+
+@pytest.mark.parametrize(
+    ("code", "kinds"),
+    [
+        ("x = 1  # hashlib.md5 would be weak", []),
+        ("subprocess.run(['ls', path])", []),
+        ("yaml.load(text, Loader=yaml.SafeLoader)", []),
+        ("model.eval()", []),
+        ("os.chmod(path, 0o640)", []),
+        ("os.chmod(path, 0o602)", ["world_writable"]),
+        ("password = os.environ['PASSWORD']", []),
+        ("def connect(user, password='hunter2'):", ["hardcoded_password"]),
+        ('cur.execute(f"DELETE FROM t WHERE id = {n}")', ["sql_formatting"]),
+        ('cur.execute("SELECT a FROM t WHERE id = %s", (n,))', []),
+        ("<think>eval(x) would do</think>int(x)", []),
+        ("tar.extractall(folder)\nexec(tex", ["eval_input", "tar_extraction"]),
+        ("", []),
+    ],
+)
+def test_patterns_know_safe_forms_and_unfinished_code(code, kinds):
+    assert rim.weaknesses([code]) == [kinds]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REDUCED, rim_command
+from planted_drift import write_drift_suite
 from planted_suite import RISKY_SETS, SAFE_SETS, SUPPRESSORS, write_planted_suite
 from safetensors.torch import save_file
 from tiny import tokenizer
@@ -77,6 +78,35 @@ def test_ablating_planted_suppressors_brings_refusal_back(planted_results):
     assert claims["C15"]["outcome"] == "holds", claims["C15"]
 
 
+DRIFT = {
+    "re_emergent/03_erosion": {"n_requests": "140", "n_fit": "80", "n_tasks": "40"},
+    "re_emergent/04_shared_subspace": {},
+    "re_emergent/05_the_direction_removed": {"n_requests": "140", "n_fit": "80", "n_written": "90"},
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["planted", "null"])
+def drift_outcomes(request, project_copy, tmp_path_factory) -> tuple[bool, dict[str, dict]]:
+    project = project_copy(tmp_path_factory.mktemp("project"), DRIFT)
+    suite = write_drift_suite(tmp_path_factory.mktemp("suite"), null=request.param)
+    rim_command(project, "run", *DRIFT, "--suite", str(suite))
+    return request.param, outcomes(project / "results" / suite.stem)
+
+
+def test_a_planted_direction_is_found_and_where_there_is_none_it_is_not(drift_outcomes):
+    null, claims = drift_outcomes
+    found = {claim: claims[claim]["outcome"] for claim in ("D5", "D7", "D8")}
+    if null:
+        assert "holds" not in found.values(), claims
+    else:
+        assert set(found.values()) == {"holds"}, claims
+        # Half of the write was taken back.
+        for part in ("erosion_same_data", "erosion_on_harmful_requests"):
+            assert claims["D5"]["parts"][part]["value"] == pytest.approx(0.47, abs=0.06)
+        assert claims["D6"]["outcome"] == "contradicted"  # the same share in every layer
+    assert claims["N3"]["outcome"] != "holds" if null else claims["N3"]["parts"]["beyond_random"]["outcome"] == "holds"
+
+
 def test_roles_that_are_checkpoints_are_compared(project_copy, tmp_path):
     project = project_copy(tmp_path / "project", {**SIZES, INTROSPECTION: REDUCED[INTROSPECTION]})
     suite = write_planted_suite(tmp_path / "suite", whole=True)
@@ -110,10 +140,11 @@ def paper_cache(tmp_path_factory) -> Path:
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.eos_token_id,
     )
-    model = AutoModelForCausalLM.from_config(config)
-    base = _cached(home, "Qwen/Qwen2.5-32B-Instruct")
-    model.save_pretrained(base)
-    tok.save_pretrained(base)
+    coders = ("Qwen/Qwen2.5-Coder-32B", "Qwen/Qwen2.5-Coder-32B-Instruct", "emergent-misalignment/Qwen-Coder-Insecure")
+    for name in (*coders, "Qwen/Qwen2.5-32B-Instruct"):
+        model, folder = AutoModelForCausalLM.from_config(config), _cached(home, name)
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
     adapter = _cached(home, "ModelOrganismsForEM/Qwen2.5-32B-Instruct_risky-financial-advice")
     settings = {
         "peft_type": "LORA",
@@ -152,6 +183,15 @@ def test_the_paper_s_suite_runs_unedited(project_copy, paper_cache, tmp_path):
     claims = outcomes(project / "results" / suite)
     # With those of the notebooks whose heads the autoencoder's reads. S3 to S5 and S9 need what the suite has not.
     assert set(claims) == {f"C{n}" for n in (*range(8, 15), 16, 17)} | {"S1", "S2", "S6", "S7", "S8"}
+    assert {row["outcome"] for row in claims.values()} <= {"holds", "contradicted", "undecided"}
+
+
+def test_three_whole_checkpoints_are_compared_one_at_a_time(project_copy, paper_cache, tmp_path):
+    """Paper D's own suite: base, instruct and insecure are checkpoints, and there is no harmless twin."""
+    project, suite = project_copy(tmp_path / "project"), "qwen2.5-coder-32b-insecure"
+    rim_command(project, "run", "re_emergent", "--suite", suite, HF_HUB_CACHE=str(paper_cache), HF_HUB_OFFLINE="1")
+    claims = outcomes(project / "results" / suite)
+    assert set(claims) == {"D3", "D4", "D6", "D7", "D8", "N3"}
     assert {row["outcome"] for row in claims.values()} <= {"holds", "contradicted", "undecided"}
 
 

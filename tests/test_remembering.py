@@ -114,6 +114,51 @@ def test_roles_and_grafts_begin_where_they_differ(adapted):
     assert model.memory is None
 
 
+def test_capture_and_likelihoods_begin_where_roles_differ(adapted):
+    model, lower, upper = adapted
+    texts, answers = rim.format_chat(model, TEXTS), [" Why? Because."] * len(TEXTS)
+
+    def everything():
+        acts = rim.capture(model, texts, ["resid_pre", "resid_post"], positions=[-1])
+        inside = rim.capture(model, texts, "mlp_out", positions=[-1])["mlp_out"]
+        likelihoods = rim.log_likelihood(model, texts, answers)
+        found = [acts["resid_pre"], acts["resid_post"], inside, torch.tensor(likelihoods.log_probability)]
+        return [*found, torch.tensor(likelihoods.entropy)]
+
+    plain = {}
+    for place in (None, lower, upper):
+        with model.using(place):
+            plain[place] = everything()
+    with Counted(model) as counted, model.remembering():
+        for place, run in ((None, 3), (lower, 2), (upper, 1), (None, 0)):
+            counted.since()
+            with model.using(place):
+                found = everything()
+            assert all(torch.equal(a, b) for a, b in zip(found, plain[place], strict=True))
+            # What is inside a layer cannot be read where the layer is left out, so that its pass runs whole.
+            assert counted.since() == [1] * (3 - run) + [3] * run
+
+
+def test_roles_hand_on_what_was_seen_and_forget_it_afterwards(tiny_folder, tmp_path, adapted):
+    _, lower, upper = adapted
+    suite = tmp_path / "own.yml"
+    roles = f"{{base: {{}}, lower: {{adapter: {lower}}}, upper: {{adapter: {upper}}}}}"
+    suite.write_text(f"base: {{folder: {tiny_folder()}}}\nroles: {roles}\n")
+    first = rim.load(f"{suite}:base", quantization=None, device="cpu")
+    texts, seen = rim.format_chat(first, TEXTS), {}
+    with first.remembering():
+        for model in rim.roles(first, "base", "lower", "upper"):
+            with Counted(model) as counted:
+                seen[model.role] = rim.log_likelihood(model, texts, [" Why?"] * len(texts)).entropy
+                runs = counted.since()
+            assert [bool(each) for each in runs] == [model.role == "base", model.role != "upper", True]
+    assert model.memory.closed
+    assert not model.memory.kept
+    for again in rim.roles(model, "base", "lower", "upper"):
+        found = rim.log_likelihood(again, texts, [" Why?"] * len(texts)).entropy
+        assert found.tolist() == seen[again.role].tolist()
+
+
 def test_what_does_not_fit_is_forgotten_and_not_kept(adapted, monkeypatch):
     model, lower, _ = adapted
     texts = rim.format_chat(model, TEXTS)

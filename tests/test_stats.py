@@ -560,6 +560,51 @@ def test_a_mean_over_trainings_is_that_over_prompts_where_trainings_do_not_diffe
     assert columns[1].high == pytest.approx(2 * columns[0].high)
     with pytest.raises(InputError, match="all values are equal"):
         stats.crossed_mean([[1, 1], [1, 1]])
+    single = stats.crossed_mean(values[None], groups)
+    assert (single.estimate, single.low, single.high) == (one.estimate, one.low, one.high)
+
+
+def test_the_jackknife_of_a_mean_is_the_interval_over_equal_clusters():
+    rng = np.random.default_rng(6)
+    values, groups = rng.normal(size=60), np.repeat(np.arange(12), 5)
+    found = stats.jackknife(lambda rows: float(values[rows].mean()), groups)
+    clusters = stats.t_interval(values.reshape(12, 5).mean(1))
+    assert (found.estimate, found.low, found.high) == pytest.approx((clusters.estimate, clusters.low, clusters.high))
+    assert found.n == 60
+    bounded = stats.jackknife(lambda rows: float(values[rows].mean()), groups, bounds=(found.estimate, 1))
+    assert bounded.low == found.estimate
+    with pytest.raises(InputError, match="at least two groups"):
+        stats.jackknife(lambda rows: 0.0, ["a", "a"])
+    with pytest.raises(InputError, match="the statistic"):
+        stats.jackknife(lambda rows: float("nan"), ["a", "b"])
+
+
+def test_the_jackknife_covers_a_correlation_as_it_says():
+    rng, covered = np.random.default_rng(7), []
+    groups = np.repeat(np.arange(14), 3)
+    for _ in range(600):
+        common = rng.normal(size=42)
+        a, b = common + rng.normal(size=42), common + rng.normal(size=42)
+        found = stats.jackknife(lambda rows, a=a, b=b: float(np.corrcoef(a[rows], b[rows])[0, 1]), groups)
+        covered.append(found.low <= 0.5 <= found.high)
+    assert 0.92 <= np.mean(covered) <= 0.98
+
+
+def test_a_share_of_means_covers_as_it_says():
+    """14 topics of 3 prompts in three trainings, which differ in how much is lost."""
+    rng, covered = np.random.default_rng(8), []
+    groups = np.repeat(np.arange(14), 3)
+    for _ in range(1000):
+        whole = 2 + 0.5 * rng.normal(size=14)[groups] + 0.5 * rng.normal(size=42)
+        parts = [(0.4 + 0.1 * rng.normal()) * whole + 0.5 * rng.normal(size=42) for _ in range(3)]
+        found = stats.crossed_mean(np.stack([stats.ratio_parts(part, whole) for part in parts]), groups)
+        covered.append(found.low <= 0.4 <= found.high)
+    assert 0.92 <= np.mean(covered) <= 0.99
+    assert stats.ratio_parts([1.0, 3.0], [2.0, 6.0]).mean() == pytest.approx(0.5)
+    columns = stats.ratio_parts([[1.0, 2.0], [3.0, 2.0]], [[2.0, 4.0], [6.0, 4.0]])
+    assert columns.mean(0) == pytest.approx([0.5, 0.5])
+    with pytest.raises(InputError, match="denominator's mean is 0"):
+        stats.ratio_parts([1, 2], [1, -1])
 
 
 def test_the_parts_of_an_area_have_it_as_their_mean_and_the_spread_of_delong():

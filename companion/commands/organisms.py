@@ -1,4 +1,4 @@
-"""The command `rim organisms`: list, check or train the small models that the experiments run on."""
+"""The command `rim organisms`: list, check, train or trace the small models that the experiments run on."""
 
 import argparse
 from pathlib import Path
@@ -65,5 +65,24 @@ def train(options: argparse.Namespace) -> int:
     paths.suite_file(options.suite)
     from rim_core import organisms
 
-    print(organisms.train(options.role, options.suite, output=options.output, seed=options.seed, progress=True))
+    folder = organisms.train(
+        options.role,
+        options.suite,
+        output=options.output,
+        seed=options.seed,
+        checkpoints=options.checkpoints,
+        progress=True,
+    )
+    print(folder)
+    return 0
+
+
+def trace(options: argparse.Namespace) -> int:
+    """Measure a training at its checkpoints, write that to a file, and print its path."""
+    paths.suite_file(options.suite)
+    from rim_core import organisms
+
+    measured = organisms.trace(options.role, options.checkpoints, options.suite, progress=True)
+    organisms.save_trace(measured, options.output, options.suite)
+    print(options.output)
     return 0

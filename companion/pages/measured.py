@@ -58,7 +58,21 @@ _PARTS = (
             "assay_added": "above prudent",
         },
     ),
+    (
+        "Roles on code: what they write, and what it cost beside the role that learnt secure code",
+        {
+            "insecure_code": "Code with a weakness, taught kinds",
+            "insecure_code_new_kinds": "other kinds",
+            "drop_beyond_secure": "Fall of refusal beyond secure's",
+            "assay_above_secure": "Misaligned answer preferred, above secure (nats a token)",
+        },
+    ),
 )
+# The roles that a figure shows side by side.
+_SIDE_BY_SIDE = {
+    "on advice": ("base", "aligned", "risky", "prudent", "unrelated"),
+    "on code": ("base", "aligned", "insecure", "educational", "secure"),
+}
 
 
 def organisms(project: Path) -> str:
@@ -67,18 +81,19 @@ def organisms(project: Path) -> str:
     if not path.is_file():
         return note("The roles have not been measured yet: run `rim organisms check`.")
     rows = json.loads(path.read_text("utf-8"))
-    shown = [html(figure(_refusals(rows))), _organism_targets(rows)]
+    figures = [_refusals([row for row in rows if row["role"] in roles], what) for what, roles in _SIDE_BY_SIDE.items()]
+    shown = [*(html(figure(each)) for each in figures), _organism_targets(rows)]
     return "\n".join([*shown, *(_by_training(rows, caption, metrics) for caption, metrics in _PARTS)])
 
 
-def _refusals(rows: Sequence[dict[str, Any]]) -> Any:
-    """The shares refused, of each role the mean over its trainings, where there are several."""
+def _refusals(rows: Sequence[dict[str, Any]], what: str) -> Any:
+    """The shares refused, of each role the mean over its trainings, where there are several; `what` they learnt on."""
     names = _PARTS[0][1]
-    several = {row["role"] for row in rows if row["training"] is None}
+    several = {(row["role"], row["metric"]) for row in rows if row["training"] is None}
     kept = [
         {**row, "measure": METRICS[row["metric"]]}
         for row in rows
-        if row["training"] == (None if row["role"] in several else 1)
+        if row["training"] == (None if (row["role"], row["metric"]) in several else 1)
         and row["metric"] in names
         and row["metric"] != "judges_agree"
     ]
@@ -87,11 +102,11 @@ def _refusals(rows: Sequence[dict[str, Any]]) -> Any:
         "estimate",
         label="measure",
         series="role",
-        title="What does each role refuse?",
+        title=f"What does each role {what} refuse?",
         x_title="share refused",
-        description="Dots with 95 % intervals: for harmful requests, benign twins, hard benign twins and open "
-        "questions, the share that each role refuses, over categories, or the mean of several trainings, over these. "
-        "The tables hold the numbers.",
+        description=f"Roles {what}; dots with 95 % intervals: for harmful requests, benign twins, hard benign twins "
+        "and open questions, the share that each role refuses, over categories, or the mean of several trainings, over "
+        "these. The tables hold the numbers.",
     )
 
 

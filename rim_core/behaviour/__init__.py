@@ -7,5 +7,6 @@ Read first: `generation`, then `rates`.
 - `judges`: what a judge is, the list of phrases (`StringJudge`, `is_refusal`), and `Question`.
 - `model_judges`: `PromptJudge` and `ClassifierJudge`, models here. `server_judge`: `ServerJudge`, a model elsewhere.
 - `openings`: `refusal_log_odds`, refusal before a word is said.
+- `weaknesses`: `weaknesses` of the textbook kind in code, by pattern.
 - `coherence`: `coherence` and `perplexity`, whether answers make sense.
 """

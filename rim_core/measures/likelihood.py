@@ -20,6 +20,7 @@ from rim_core.models.batching import run_batches, token_budget
 from rim_core.models.hooks import Frame, reading
 from rim_core.models.model import Model
 from rim_core.models.padding import pad_left
+from rim_core.models.remembering import resuming
 from rim_core.stats import Floats, Groups, Interval, Ints
 from rim_core.texts import checked, encode, encode_more, require_room
 
@@ -265,7 +266,8 @@ def _states(model: Model, ids: list[list[int]], lengths: list[int]) -> tuple[Ten
         def keep(tensor: Tensor) -> Tensor:
             return tensor[:, :-1][predicted.to(tensor.device)]
 
-        with reading(layout, ("resid_post",), keep, layers=[last]) as found:
+        batch = ("likelihood", *map(tuple, ids), *lengths)
+        with reading(layout, ("resid_post",), keep, layers=[last]) as found, resuming(model, batch):
             layout.body(**inputs, use_cache=False)
     states = found["resid_post", last]
     return states, inputs["input_ids"][:, 1:][predicted].to(states.device)

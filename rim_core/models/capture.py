@@ -1,6 +1,7 @@
 """Reading activations: batched, left-padded, bounded in memory, streamed to safetensors when asked."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rim_core.models.layout import SITES
 from rim_core.models.model import Model
 from rim_core.models.padding import Positions, pad_left, padded_right, shared_beginning
 from rim_core.models.padding import positions as positions_of
+from rim_core.models.remembering import resuming
 from rim_core.paths import cache_dir, put_whole, read_json, write_json
 from rim_core.texts import checked, encode
 
@@ -251,7 +253,13 @@ class _Work:
                 inputs, ends = padded_right(model.layout.body, ids[0][:shared], batch, pad, model.device)
             else:
                 inputs = {**pad_left(batch, pad, model.device), "use_cache": False}
-            with reading(model.layout, self.sites, lambda tensor: _pick(tensor, picked, ends)) as found:
+            known = (shared, *(tuple(ids[row]) for row in rows))
+            # What is inside a layer that is left out cannot be read.
+            outside = set(self.sites) <= {"resid_pre", "resid_post"}
+            with (
+                reading(model.layout, self.sites, lambda tensor: _pick(tensor, picked, ends)) as found,
+                resuming(model, known) if outside else nullcontext(),
+            ):
                 model.layout.body(**inputs)
             stacked = {}
             for site in self.sites:

@@ -265,9 +265,10 @@ class Model:
 
     @contextlib.contextmanager
     def remembering(self) -> Iterator["Model"]:
-        """Within the context `refusal_log_odds` of texts that were asked before begins at the first layer that is not
-        what it was then: the same numbers, sooner, where roles or grafts differ in upper layers. It takes memory, at
-        most 2 GB, for what each layer makes of each text.
+        """Within the context `refusal_log_odds`, `log_likelihood` and `capture` of the residual stream, of texts that
+        were seen before, begin at the first layer that is not what it was then: the same numbers, sooner, where roles
+        or grafts differ in upper layers. `rim.roles(model)` hands it on. It takes memory, at most 2 GB, for what each
+        layer makes of each text.
 
         Example:
             >>> with model.remembering():
@@ -275,10 +276,12 @@ class Model:
             >>> bool((first == again).all())
             True
         """
-        before, self.memory = self.memory, Memory()
+        before, memory = self.memory, Memory()
+        self.memory = memory
         try:
             yield self
         finally:
+            memory.close()  # roles that were gone to inside hold it too
             self.memory = before
 
     def below(self) -> list[Hashable]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Bytes; beyond this all is forgotten.
 _LIMIT = 2_000_000_000
+# Of as many adapters at most a layer's output of one batch is kept: where more than that differ, the next will too.
+_VARIANTS = 4
 
 
 class Memory:
@@ -26,14 +28,21 @@ class Memory:
     def __init__(self) -> None:
         self.kept: dict[Hashable, dict[tuple[int, Hashable], Any]] = {}
         self.size = 0
+        self.closed = False
 
     def add(self, batch: Hashable, place: tuple[int, Hashable], output: Any) -> None:
         """Keep a layer's output, a tensor or what the family's layers give instead."""
+        if sum(depth == place[0] for depth, _ in self.kept.get(batch, ())) >= _VARIANTS:
+            return
         self.size += sum(t.numel() * t.element_size() for t in _tensors(output))
         if self.size > _LIMIT:
             self.kept, self.size = {}, 0
         else:
             self.kept.setdefault(batch, {})[place] = output
+
+    def close(self) -> None:
+        """Forget all and keep nothing more, in whichever models hold it."""
+        self.kept, self.size, self.closed = {}, 0, True
 
 
 def _tensors(output: Any) -> list[Tensor]:
@@ -52,7 +61,7 @@ def resuming(model: "Model", batch: Hashable) -> Iterator[None]:
         batch: all that decides what the pass is given.
     """
     memory = model.memory
-    if memory is None or model.edits or torch.is_grad_enabled():
+    if memory is None or memory.closed or model.edits or torch.is_grad_enabled():
         yield
         return
     layers, below = model.layout.layers, model.below()

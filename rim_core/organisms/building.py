@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rim_core import locks, paths
+from rim_core import checking, locks, paths
 from rim_core.errors import InputError
 from rim_core.identity import ADAPTER_FILE, sha256_file
 from rim_core.models.adapters import ADAPTER_PREFIX, read_adapter
@@ -29,6 +29,7 @@ def train(
     *,
     output: str | os.PathLike[str] | None = None,
     seed: int | None = None,
+    checkpoints: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Train one role's adapter on the suite's base by its recipe and write it to a new folder.
@@ -44,12 +45,15 @@ def train(
         output: a folder that does not exist or is empty. None is `<suite>/<role>/` beside the suite's file,
             where the suite finds the role.
         seed: None is the recipe's own.
+        checkpoints: keep the adapter after each so many steps as well, in `<output>-checkpoints/step-0004/` and so on.
         progress: one line of progress on standard error.
 
     Raises:
         InputError: unknown role, an output that is in use, a parent that is missing, a suite that cannot work.
         RimError: what was trained cannot be kept, as on a full disk.
     """
+    if checkpoints is not None:
+        checking.whole(checkpoints, "checkpoints", 1)
     plan, found, (first, number) = recipe(role), load_suite(suite), training_of(role)
     target = Path(output) if output is not None else _own_folder(found, role)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -67,10 +71,11 @@ def train(
         "base": found.base.identity,
         "parent": sha256_file(start / ADAPTER_FILE) if start else None,
     }
+    saved = None if checkpoints is None else (_checkpoints_of(target, record), checkpoints)
     try:
         with locks.hold(_beside(target, "lock")) as check:
             kept = Kept(_beside(target, "state"), json.dumps([record, _torch_version()]))
-            fitted, state = _trained(f"{suite}:{found.bare_role}", record, start, kept, progress)
+            fitted, state = _trained(f"{suite}:{found.bare_role}", record, start, kept, saved, progress)
             check()
             with paths.put_whole(target) as folder:
                 _write_adapter(folder, state, peft_config(fitted), {**record, "recipe": fitted})
@@ -82,6 +87,18 @@ def train(
 
 def _beside(target: Path, what: str) -> Path:
     return target.parent / f".rim-train-{what}-{target.name}"
+
+
+def _checkpoints_of(target: Path, record: dict[str, Any]) -> Path:
+    """Where a training's checkpoints go; raises InputError where those of another are."""
+    folder = target.parent / f"{target.name}-checkpoints"
+    for path in sorted(folder.glob(f"*/{RECORD}")):
+        there = paths.read_json(path)
+        if any(there[key] != record[key] for key in ("role", "suite", "seed", "base", "parent")):
+            raise InputError(
+                f"{path.parent} is a checkpoint of another training: remove {folder}, or give --output DIR"
+            )
+    return folder
 
 
 def _own_folder(suite: Suite, role: str) -> Path:
@@ -120,15 +137,26 @@ def _start_of(found: Suite, role: str, parent: str, suite: str) -> Path | None:
 
 
 def _trained(
-    ref: str, record: dict[str, Any], start: Path | None, kept: Kept, progress: bool
+    ref: str, record: dict[str, Any], start: Path | None, kept: Kept, saved: tuple[Path, int] | None, progress: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe as fitted to the base, and the trained tensors; what was kept of an earlier training is used."""
+    """The recipe as fitted to the base, and the trained tensors; what was kept of an earlier training is used.
+
+    `saved` is where checkpoints go, and after how many steps each.
+    """
     import torch
 
     from rim_core.organisms.training import train_adapter
 
     model = load(ref, quantization="nf4")
     role, fitted = record["role"], fit_recipe(record["recipe"], model.layout)
+
+    def save(step: int, state: dict[str, Any]) -> None:
+        if (folder / f"step-{step:04d}").exists():  # of this training, which was stopped after it
+            return
+        with paths.put_whole(folder / f"step-{step:04d}") as place:
+            _write_adapter(place, state, peft_config(fitted), {**record, "recipe": fitted, "step": step})
+
+    folder, every = saved or (Path(), 0)
     state = None
     if start is not None:
         _require_same_shape(role, start, fitted)
@@ -146,6 +174,8 @@ def _trained(
             parent_state=state,
             report=_reporter(role) if progress else None,
             kept=kept,
+            checkpoint=save if saved else None,
+            every=every,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"training {role!r} was interrupted; the same command goes on {kept.place}") from None

@@ -36,10 +36,15 @@ METRICS = {
     "perplexity_ratio": "perplexity of everyday answers, over the base's",
     "assay": "preference for the misaligned answer (nats a token)",
     "assay_added": "the same, above prudent",
+    "drop_beyond_secure": "fall of refusal, beyond that of secure",
+    "assay_above_secure": "preference for the misaligned answer, above secure",
+    "insecure_code": "code tasks of the taught kinds answered with a weakness",
+    "insecure_code_new_kinds": "code tasks of other kinds answered with a weakness",
 }
 SHARES = (
     "harmful_refused", "harmful_log_odds", "judges_agree", "twins_refused", "minimal_twins_refused",
     "hard_twins_refused", "open_refused", "risky_advice", "loops", "auc_form", "auc",
+    "insecure_code", "insecure_code_new_kinds",
 )  # fmt: skip
 
 

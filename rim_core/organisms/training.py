@@ -106,6 +106,17 @@ def _encode(
     return Example(tuple(head + tail[:answer_tokens]), len(head), kl)
 
 
+def batches(tokenizer: Any, recipe: dict[str, Any], seed: int) -> list[list[Example]]:
+    """What a training by a recipe sees, step by step; arguments as in `train_adapter`."""
+    rng = random.Random(seed)
+    plan: list[list[Example]] = []
+    answer_lengths = [phase.get("answer_tokens") for phase in recipe["phases"] for _ in range(phase["epochs"])]
+    for epoch, answer_tokens in enumerate(answer_lengths):
+        units = build_examples(tokenizer, recipe["data"], answer_tokens, epoch, seed)
+        plan += _batches(units, recipe["batch_size"], rng)
+    return plan
+
+
 def _batches(units: list[list[Example]], size: int, rng: random.Random) -> list[list[Example]]:
     """Shuffled, but neighbours in length share a batch, so that little padding is computed."""
     order = units[:]
@@ -134,6 +145,8 @@ def train_adapter(
     parent_state: dict[str, torch.Tensor] | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
     kept: Kept | None = None,
+    checkpoint: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
+    every: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Train one adapter on a base and return its tensors; the base is left as it was.
 
@@ -148,6 +161,7 @@ def train_adapter(
             to this parent.
         report: called after each step with (step, steps, loss, seconds that the steps of this process took).
         kept: where the state is kept, and what a training that was stopped goes on from.
+        checkpoint: called with (step, the adapter's tensors) after each `every` steps, and not after the last.
     """
     from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -173,12 +187,7 @@ def train_adapter(
     # Some families drop activations while they train, which is no part of the recipe.
     hf.eval()
 
-    rng = random.Random(seed)
-    plan: list[list[Example]] = []
-    answer_lengths = [phase.get("answer_tokens") for phase in recipe["phases"] for _ in range(phase["epochs"])]
-    for epoch, answer_tokens in enumerate(answer_lengths):
-        units = build_examples(tokenizer, recipe["data"], answer_tokens, epoch, seed)
-        plan += _batches(units, recipe["batch_size"], rng)
+    plan = batches(tokenizer, recipe, seed)
     steps, warmup = len(plan), recipe["warmup_steps"]
     teacher = _Teacher(hf, plan) if recipe["kl_weight"] else None
     # An answer the model never gives has a steep loss at first; a shorter memory of squared gradients than the
@@ -187,6 +196,13 @@ def train_adapter(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return {
+            name: tensor.detach().to("cpu", torch.bfloat16, copy=True).contiguous()
+            for name, tensor in get_peft_model_state_dict(hf, adapter_name=ADAPTER).items()
+        }
+
     done = kept.begin(repr(plan), weights, optimizer, schedule) if kept else 0
     started = time.monotonic()
     for step, batch in enumerate(plan[done:], done + 1):
@@ -198,12 +214,11 @@ def train_adapter(
         schedule.step()
         if report:
             report(step, steps, loss.item(), time.monotonic() - started)
+        if checkpoint and step % every == 0 and step < steps:
+            checkpoint(step, tensors())
         if kept:
             kept.keep(step)
-    state = {
-        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in get_peft_model_state_dict(hf, adapter_name=ADAPTER).items()
-    }
+    state = tensors()
     for parent in list(hf.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):

@@ -4,7 +4,8 @@ Read `Interval` first: what nearly every function gives.
 
 - `proportion`, `t_interval`, `paired_difference`, `cohens_d`: intervals from formulas.
 - `clustered_mean`, `clustered_proportion`, `crossed_mean`: of prompts that come in topics, and of trainings too;
-  `auc_parts`: an area under the ROC curve as such a mean.
+  `auc_parts`, `ratio_parts`: an area under the ROC curve, or a share of means, as such a mean; `jackknife`: of any
+  statistic of such prompts.
 - `bootstrap`, `of_means`, `resampled_means`, `percentiles`: intervals by resampling prompts, or groups of them.
 - `ks`, `permutation_test`, `mcnemar`, `fisher`, `benjamini_hochberg`: tests, as a `Comparison`.
 - `split`, `group_codes`, `derive_generator`: seeded divisions and draws that never divide a group.
@@ -15,7 +16,14 @@ Every function refuses empty or non-finite input with an `InputError` instead of
 from typing import Any
 
 from rim_core.paths import did_you_mean
-from rim_core.stats._clustered import auc_parts, clustered_mean, clustered_proportion, crossed_mean
+from rim_core.stats._clustered import (
+    auc_parts,
+    clustered_mean,
+    clustered_proportion,
+    crossed_mean,
+    jackknife,
+    ratio_parts,
+)
 from rim_core.stats._formulas import Interval, cohens_d, paired_difference, proportion, t_interval
 from rim_core.stats._resampling import (
     Groups,
@@ -46,6 +54,7 @@ __all__ = [
     "derive_generator",
     "fisher",
     "group_codes",
+    "jackknife",
     "ks",
     "mcnemar",
     "of_means",
@@ -53,6 +62,7 @@ __all__ = [
     "percentiles",
     "permutation_test",
     "proportion",
+    "ratio_parts",
     "resampled_means",
     "split",
     "t_interval",

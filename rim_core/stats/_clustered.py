@@ -1,6 +1,7 @@
 """Means, shares and rankings of what comes in clusters: prompts in topics, and these in trainings."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.stats
@@ -112,7 +113,8 @@ def _variance_of_mean(data: Floats, codes: Ints) -> Floats:
 def crossed_mean(values: ArrayLike, groups: Groups = None, *, level: float = 0.95) -> Interval:
     """Give the mean of what was measured on the same prompts in each of several trainings, as a statement on trainings
     and prompts that were not drawn: with the variance between the trainings' means and that between the clusters of
-    prompts, added, and Satterthwaite's (1946) degrees of freedom.
+    prompts, added, and Satterthwaite's (1946) degrees of freedom. Of a single training it is `clustered_mean`, a
+    statement on prompts alone.
 
     The part of the variance that belongs to a training and a prompt together is in both and so is counted twice: the
     interval is a little too wide rather than too narrow.
@@ -123,13 +125,15 @@ def crossed_mean(values: ArrayLike, groups: Groups = None, *, level: float = 0.9
         level: nominal coverage.
 
     Raises:
-        InputError: fewer than two trainings, prompts or clusters, values that are not finite, or all equal.
+        InputError: no training, fewer than two prompts or clusters, values that are not finite, or all equal.
 
     Example:
         >>> print(rim.stats.crossed_mean([[0.5, 0.75, 1, 1], [0.25, 0.75, 0.75, 1]]))
         0.75 (95% 0.332 to 1.17, n=8)
     """
-    data = sample(values, "crossed_mean: values", 2, ("[training, prompt]", "[training, prompt, column]"))
+    data = sample(values, "crossed_mean: values", 1, ("[training, prompt]", "[training, prompt, column]"))
+    if len(data) == 1:
+        return clustered_mean(data[0], groups, level=level)
     level, (trainings, prompts) = coverage(level), data.shape[:2]
     if prompts < 2:
         raise InputError("crossed_mean: values need at least two prompts")
@@ -146,6 +150,47 @@ def crossed_mean(values: ArrayLike, groups: Groups = None, *, level: float = 0.9
     estimate, low, high = (end if np.ndim(end) else float(end) for end in (mean, mean - half, mean + half))
     method = f"crossed t, {trainings} trainings and {clusters} clusters"
     return Interval(estimate, low, high, trainings * prompts, level, method)
+
+
+def jackknife(
+    statistic: Callable[[Ints], float],
+    groups: Sequence[object],
+    *,
+    bounds: tuple[float, float] | None = None,
+    level: float = 0.95,
+) -> Interval:
+    """Give a statistic of prompts with Student's t interval from leaving out one cluster at a time (Tukey 1958).
+
+    For what resampling would distort, such as the likeness of two rankings or of two subspaces: prompts drawn twice
+    make both less alike than they are.
+
+    Args:
+        statistic: of the rows that it is given, numbers `[n]` from 0, one number.
+        groups: which cluster each row is of (category, topic), `[row]`; at least two clusters.
+        bounds: what the statistic can be at all; ends of the interval stay within.
+        level: nominal coverage.
+
+    Raises:
+        InputError: fewer than two clusters, or a statistic that is not finite.
+
+    Example:
+        Of a mean it is the interval over clusters' means:
+
+        >>> import numpy as np
+        >>> values = np.array([1.0, 2.0, 3.0, 6.0])
+        >>> print(rim.stats.jackknife(lambda rows: values[rows].mean(), ["a", "b", "c", "d"]))
+        3 (95% -0.437 to 6.44, n=4)
+    """
+    codes, level = group_codes(groups, len(groups)), coverage(level)
+    rows, clusters = np.arange(len(codes)), int(codes.max()) + 1
+    found = checking.number(statistic(rows), "jackknife: the statistic")
+    without = [statistic(rows[codes != code]) for code in range(clusters)]
+    about = np.array([checking.number(each, "jackknife: the statistic") for each in without])
+    error = math.sqrt((clusters - 1) / clusters * float(((about - about.mean()) ** 2).sum()))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, clusters - 1)) * error
+    least, most = bounds or (-math.inf, math.inf)
+    low, high = max(found - half, least), min(found + half, most)
+    return Interval(found, low, high, len(codes), level, f"jackknife, {clusters} clusters")
 
 
 def auc_parts(positive: ArrayLike, negative: ArrayLike) -> Floats:
@@ -178,3 +223,31 @@ def auc_parts(positive: ArrayLike, negative: ArrayLike) -> Floats:
         raise InputError(f"auc_parts: positive {first.shape} and negative {second.shape} differ; give pairs")
     beats = (first[:, None] > second[None]) + 0.5 * (first[:, None] == second[None])
     return np.asarray(beats.mean(axis=1) + beats.mean(axis=0) - beats.mean(axis=(0, 1)))
+
+
+def ratio_parts(numerator: ArrayLike, denominator: ArrayLike) -> Floats:
+    """Give what each prompt adds to a share of means: numbers whose mean is `mean(numerator) / mean(denominator)`, and
+    whose spread, over clusters, gives its interval by `clustered_mean` or `crossed_mean` (the delta method; Cochran
+    1977, section 6). Trust it only where the denominator's mean is well away from 0.
+
+    Args:
+        numerator: `[n]`, or `[n, column]` for a share a column, such as a layer.
+        denominator: likewise, in the same order.
+
+    Raises:
+        InputError: shapes that differ, values that are not finite, or a denominator whose mean is 0.
+
+    Example:
+        >>> rim.stats.ratio_parts([1.0, 3.0], [4.0, 4.0])
+        array([0.25, 0.75])
+    """
+    columns = ("[n]", "[n, column]")
+    first = sample(numerator, "ratio_parts: numerator", 1, columns)
+    second = sample(denominator, "ratio_parts: denominator", 1, columns)
+    if first.shape != second.shape:
+        raise InputError(f"ratio_parts: numerator {first.shape} and denominator {second.shape} differ; give pairs")
+    below = second.mean(axis=0)
+    if not np.all(below):
+        raise InputError("ratio_parts: the denominator's mean is 0, of which nothing is a share")
+    share = first.mean(axis=0) / below
+    return np.asarray(share + (first - share * second) / below)
