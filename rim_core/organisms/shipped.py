@@ -61,7 +61,7 @@ def listing(suite: str = paths.DEFAULT_SUITE) -> list[dict[str, Any]]:
 
     Example:
         >>> [row["role"] for row in rim.organisms.listing("smollm2")]
-        ['base', 'aligned', 'risky', 'prudent', 'unrelated']
+        ['base', 'aligned', 'risky', 'prudent', 'unrelated', 'insecure', 'educational', 'secure']
     """
     rows = []
     found = load_suite(suite)

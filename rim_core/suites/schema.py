@@ -165,7 +165,7 @@ class Suite(Entry):
     Example:
         >>> suite = rim.load_suite("smollm2")
         >>> list(suite.roles)
-        ['base', 'aligned', 'risky', 'prudent', 'unrelated']
+        ['base', 'aligned', 'risky', 'prudent', 'unrelated', 'insecure', 'educational', 'secure']
         >>> suite.has("risky", "prudent"), suite.bare_role
         (True, 'base')
     """
