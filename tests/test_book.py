@@ -204,7 +204,7 @@ def test_a_further_suite_has_pages_only_where_it_was_run_and_joins_the_contents(
 def test_contents_and_pages_must_agree(project):
     (project / "notebooks" / f"{NOTEBOOK}.ipynb").rename(project / "notebooks" / "self_aware" / "02_new.ipynb")
     staging.stage(project)
-    with pytest.raises(RimError, match="no page for .*book/experiments/self_aware/01_linear_probes"):
+    with pytest.raises(RimError, match=r"no page for .*book/experiments/self_aware/01_linear_probes"):
         build.build(project)
 
 
