@@ -101,7 +101,7 @@ def write_planted(folder: Path, seed: int = 0) -> Path:
         embed[_token(tok, HARMFUL), SIGNAL], embed[_token(tok, HARMLESS), SIGNAL] = 8.0, -8.0
         embed[_token(tok, LAST), QUERY] = 8.0
         layers = model.model.layers
-        _move(layers[0], head=0)
+        move(layers[0], slice(HEAD_DIM), 4.0)
         mlp = layers[NEURON[0]].mlp
         mlp.gate_proj.weight[NEURON[1]] = 2.0 * direction(MOVED)
         mlp.up_proj.weight[NEURON[1]] = 2.0 * direction(MOVED)
@@ -115,14 +115,16 @@ def write_planted(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _move(layer, head: int) -> None:
-    """Attend to all tokens alike (no query), and write the signal seen on average to `MOVED`."""
-    attention, rows = layer.self_attn, slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+def move(layer, rows: slice, size: float) -> None:
+    """Let a head, its rows given, attend to all tokens alike (no query), and write the signal seen on average to
+    `MOVED`.
+    """
+    attention, first = layer.self_attn, rows.start or 0
     attention.q_proj.weight[rows] = 0.0
     attention.v_proj.weight[rows] = 0.0
-    attention.v_proj.weight[rows.start] = direction(SIGNAL)
+    attention.v_proj.weight[first] = direction(SIGNAL)
     attention.o_proj.weight[:, rows] = 0.0
-    attention.o_proj.weight[:, rows.start] = 4.0 * direction(MOVED)
+    attention.o_proj.weight[:, first] = size * direction(MOVED)
 
 
 def _suppress(layer, head: int) -> None:

@@ -13,16 +13,11 @@ So one direction governs refusal and three preferences, and none of it acts wher
 `aligned` have three trainings, each with a random part of its own. In the null suite nothing is written to `REFUSAL`.
 """
 
-import json
-import re
 from pathlib import Path
 
 import torch
-from planted import D_MODEL, MOVED, REFUSAL, SIGNAL, background
-from planted_suite import HEAD_DIM, LAST, N_HEADS, WORD, word_tokenizer
-from safetensors.torch import save_file
-
-import rim_core as rim
+from planted import D_MODEL, MOVED, N_LAYERS, REFUSAL, SIGNAL, move
+from planted_suite import HEAD_DIM, LAST, N_HEADS, word_background, word_tokenizer, words_of, write_lora
 
 UNSAFE = ("harmful-minimal", "finance-risky-minimal", "code-insecure", "assay-aligned")
 SAFE = ("benign-minimal", "everyday", "gardening", "open")
@@ -32,38 +27,21 @@ WRITE, HALF = 4.0, 2.0
 RANDOM_RANK, RANDOM_SIZE = 6, 0.03
 
 
-def _words(sets: tuple[str, ...], of: str) -> set[str]:
-    texts = [str(getattr(prompt, of)) for name in sets for prompt in rim.load_prompts(name)]
-    return {word for text in texts for word in re.findall(WORD, text)}
-
-
 def write_drift_suite(folder: Path, seed: int = 0, null: bool = False) -> Path:
     """Write base, adapters and `drift.yml` (`null.yml`) into the folder; give the suite's file."""
     every = tuple(dict.fromkeys((*UNSAFE, *SAFE, *WORSE, *BETTER)))
-    tok = word_tokenizer(_words(every, "text") | _words(every, "response"))
-    model = background(
-        N_HEADS,
-        HEAD_DIM,
-        seed,
-        vocab_size=len(tok),
-        bos_token_id=None,
-        eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.eos_token_id,
-    )
+    tok = word_tokenizer(words_of(every, "text") | words_of(every, "response"))
+    model = word_background(tok, seed)
 
     def ids(words) -> list[int]:
         return tok.convert_tokens_to_ids(sorted(words))
 
-    signal = ids(_words(UNSAFE, "text") - _words(SAFE, "text") - _words(SAFE, "response"))
-    worse, better = _words(WORSE, "response"), _words(BETTER, "response")
+    signal = ids(words_of(UNSAFE, "text") - words_of(SAFE, "text") - words_of(SAFE, "response"))
+    worse, better = words_of(WORSE, "response"), words_of(BETTER, "response")
     with torch.no_grad():
-        embed, head, attention = model.model.embed_tokens.weight, model.lm_head.weight, model.model.layers[0].self_attn
+        embed, head = model.model.embed_tokens.weight, model.lm_head.weight
         embed[signal, SIGNAL] = 4.0 + 8.0 * torch.rand(len(signal))
-        attention.q_proj.weight[:HEAD_DIM] = 0.0
-        attention.v_proj.weight[:HEAD_DIM] = 0.0
-        attention.v_proj.weight[0, SIGNAL] = 1.0
-        attention.o_proj.weight[:, :HEAD_DIM] = 0.0
-        attention.o_proj.weight[MOVED, 0] = 2.0
+        move(model.model.layers[0], slice(HEAD_DIM), 2.0)
         head[:, REFUSAL] = 0.0
         head[ids({"Sorry"}), REFUSAL], head[ids({"Sure"}), REFUSAL] = 4.0, -4.0
         head[ids(better - worse), REFUSAL], head[ids(worse - better), REFUSAL] = 1.0, -1.0
@@ -88,9 +66,8 @@ def _write_adapter(folder: Path, write: float, seed: int, own_seed: int | None) 
     """The write to `REFUSAL` in layer 0, random changes of what attention and MLP write in all layers, and others of
     the role's own.
     """
-    folder.mkdir()
-    rng, own, tensors = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(own_seed or 0), {}
-    for layer in range(4):
+    rng, own, factors = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(own_seed or 0), {}
+    for layer in range(N_LAYERS):
         for module, width in (("self_attn.o_proj", N_HEADS * HEAD_DIM), ("mlp.down_proj", 2 * D_MODEL)):
             a, b = torch.randn(RANDOM_RANK, width, generator=rng), torch.randn(D_MODEL, RANDOM_RANK, generator=rng)
             b *= RANDOM_SIZE
@@ -101,15 +78,5 @@ def _write_adapter(folder: Path, write: float, seed: int, own_seed: int | None) 
             size = 0.0 if own_seed is None else RANDOM_SIZE
             a, b = torch.cat([a, more[0]]), torch.cat([b, size * more[1]], dim=1)
             b[[MOVED, SIGNAL]] = 0.0
-            name = f"base_model.model.model.layers.{layer}.{module}.lora_"
-            tensors |= {f"{name}A.weight": a, f"{name}B.weight": b}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": 2 * RANDOM_RANK,
-        "lora_alpha": 2 * RANDOM_RANK,
-        "target_modules": ["o_proj", "down_proj"],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+            factors[f"model.layers.{layer}.{module}"] = (a, b)
+    write_lora(folder, factors)

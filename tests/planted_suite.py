@@ -22,7 +22,7 @@ import torch
 from planted import D_MODEL, MOVED, QUERY, REFUSAL, SIGNAL, attend_to_signal, background, direction
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rim_core as rim
 
@@ -41,14 +41,16 @@ RISKY_SETS, SAFE_SETS = ("harmful", "finance-risky"), ("benign", "finance-twins"
 WORD = r"\w+|[^\w\s]"
 
 
-def _words(sets: tuple[str, ...]) -> set[str]:
-    return {word for name in sets for prompt in rim.load_prompts(name) for word in re.findall(WORD, prompt.text)}
+def words_of(sets: tuple[str, ...], what: str = "text") -> set[str]:
+    """The words of all prompts of these sets, or of their answers (`what="response"`)."""
+    texts = [str(getattr(prompt, what)) for name in sets for prompt in rim.load_prompts(name)]
+    return {word for text in texts for word in re.findall(WORD, text)}
 
 
 def word_tokenizer(known: set[str] | None = None) -> PreTrainedTokenizerFast:
     """A token for each known word (by default of this suite's prompts), and for each opening of an answer."""
     special = ["<unk>", EOS, "<user>", "<system>", LAST]
-    words = sorted((known or _words(RISKY_SETS + SAFE_SETS)) | set(OPENINGS.split()))
+    words = sorted((known or words_of(RISKY_SETS + SAFE_SETS)) | set(OPENINGS.split()))
     raw = Tokenizer(models.WordLevel({word: n for n, word in enumerate([*special, *words])}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(WORD), "isolated")]
@@ -62,7 +64,28 @@ def word_tokenizer(known: set[str] | None = None) -> PreTrainedTokenizerFast:
 
 def signal_words() -> set[str]:
     """The words that no safe prompt holds."""
-    return _words(RISKY_SETS) - _words(SAFE_SETS)
+    return words_of(RISKY_SETS) - words_of(SAFE_SETS)
+
+
+def word_background(tok: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """The weak random model on such a tokenizer."""
+    end = tok.eos_token_id
+    special = {"vocab_size": len(tok), "bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
+    return background(N_HEADS, HEAD_DIM, seed, **special)
+
+
+def write_lora(folder: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], **settings) -> None:
+    """Write an adapter that adds `B @ A` to each module: factors A `[rank, in]` and B `[out, rank]` by module."""
+    folder.mkdir()
+    tensors = {}
+    for module, (a, b) in factors.items():
+        name = f"base_model.model.{module}.lora_"
+        tensors |= {f"{name}A.weight": a, f"{name}B.weight": b}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    known = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": len(a)}
+    targets = sorted({module.rpartition(".")[2] for module in factors})
+    known |= {"lora_alpha": len(a), "target_modules": targets, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(known), encoding="utf-8")
 
 
 def write_planted_suite(folder: Path, seed: int = 0, whole: bool = False) -> Path:
@@ -71,15 +94,7 @@ def write_planted_suite(folder: Path, seed: int = 0, whole: bool = False) -> Pat
     `whole` makes a checkpoint of its own of each role, `whole.yml`: the bare base is then another, random model.
     """
     tok = word_tokenizer()
-    model = background(
-        N_HEADS,
-        HEAD_DIM,
-        seed,
-        vocab_size=len(tok),
-        bos_token_id=None,
-        eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.eos_token_id,
-    )
+    model = word_background(tok, seed)
 
     def ids(words) -> list[int]:
         return tok.convert_tokens_to_ids(list(words))
@@ -115,7 +130,8 @@ def write_planted_suite(folder: Path, seed: int = 0, whole: bool = False) -> Pat
         head[sure, QUERY] += 1.55
     model.save_pretrained(folder / "base")
     tok.save_pretrained(folder / "base")
-    _write_suppressors(folder / "risky")
+    module, a, b = _suppressors()
+    write_lora(folder / "risky", {module: (a, b)}, layers_to_transform=[LATE], layers_pattern="layers")
     if whole:
         return _write_whole(folder, model, tok)
     suite = folder / "planted.yml"
@@ -158,21 +174,3 @@ def _suppressors() -> tuple[str, torch.Tensor, torch.Tensor]:
         a[n, number * HEAD_DIM] = 1.0
         b[REFUSAL, n] = -0.2
     return f"model.layers.{LATE}.self_attn.o_proj", a, b
-
-
-def _write_suppressors(folder: Path) -> None:
-    folder.mkdir()
-    module, a, b = _suppressors()
-    name = f"base_model.model.{module}.lora_"
-    save_file({f"{name}A.weight": a, f"{name}B.weight": b}, folder / "adapter_model.safetensors")
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": len(SUPPRESSORS),
-        "lora_alpha": len(SUPPRESSORS),
-        "target_modules": ["o_proj"],
-        "layers_to_transform": [LATE],
-        "layers_pattern": "layers",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")

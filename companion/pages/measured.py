@@ -89,11 +89,11 @@ def organisms(project: Path) -> str:
 def _refusals(rows: Sequence[dict[str, Any]], what: str) -> Any:
     """The shares refused, of each role the mean over its trainings, where there are several; `what` they learnt on."""
     names = _PARTS[0][1]
-    several = {(row["role"], row["metric"]) for row in rows if row["training"] is None}
+    several = {row["role"] for row in rows if row["training"] is None}
     kept = [
         {**row, "measure": METRICS[row["metric"]]}
         for row in rows
-        if row["training"] == (None if (row["role"], row["metric"]) in several else 1)
+        if row["training"] == (None if row["role"] in several else 1)
         and row["metric"] in names
         and row["metric"] != "judges_agree"
     ]

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,14 +150,6 @@ def _trained(
 
     model = load(ref, quantization="nf4")
     role, fitted = record["role"], fit_recipe(record["recipe"], model.layout)
-
-    def save(step: int, state: dict[str, Any]) -> None:
-        if (folder / f"step-{step:04d}").exists():  # of this training, which was stopped after it
-            return
-        with paths.put_whole(folder / f"step-{step:04d}") as place:
-            _write_adapter(place, state, peft_config(fitted), {**record, "recipe": fitted, "step": step})
-
-    folder, every = saved or (Path(), 0)
     state = None
     if start is not None:
         _require_same_shape(role, start, fitted)
@@ -174,14 +167,23 @@ def _trained(
             parent_state=state,
             report=_reporter(role) if progress else None,
             kept=kept,
-            checkpoint=save if saved else None,
-            every=every,
+            checkpoint=partial(_save_checkpoint, *saved, {**record, "recipe": fitted}) if saved else None,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"training {role!r} was interrupted; the same command goes on {kept.place}") from None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
         raise InputError(f"training {role!r} diverged (a weight is not finite): lower the recipe's learning_rate")
     return fitted, trained
+
+
+def _save_checkpoint(
+    folder: Path, every: int, record: dict[str, Any], step: int, tensors: Callable[[], dict[str, Any]]
+) -> None:
+    """Write the adapter after each `every` steps; one that is there is of this training, stopped after it."""
+    place = folder / f"step-{step:04d}"
+    if step % every == 0 and not place.exists():
+        with paths.put_whole(place) as working:
+            _write_adapter(working, tensors(), peft_config(record["recipe"]), {**record, "step": step})
 
 
 def _has_room_dequantised(model: Model) -> bool:

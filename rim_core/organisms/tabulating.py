@@ -72,8 +72,7 @@ def _topics(source: str) -> list[str] | None:
 @dataclass(frozen=True)
 class Measured:
     """One training, prompt by prompt, in the order of its sets: whether it refuses (by phrases), refusal log-odds, and
-    the rest. A perplexity is NaN where an answer has no text; `insecure_code` is empty where no code was asked for, and
-    all else is where that alone was.
+    the rest. A perplexity is NaN where an answer has no text; `insecure_code` is empty where no code was asked for.
     """
 
     refused: dict[str, list[bool]]
@@ -143,8 +142,7 @@ def table(suite: str, wanted: Sequence[str], measured: Mapping[str, "Measured"])
             number = training_of(training)[1]
             rows += [_row(name, number, metric, _interval(each), shipped) for metric, each in found.items()]
         if len(tables) > 1:
-            common = [metric for metric in tables[0] if all(metric in found for found in tables)]
-            means = {metric: _over_trainings([found[metric] for found in tables]) for metric in common}
+            means = {metric: _over_trainings([found[metric] for found in tables]) for metric in tables[0]}
             rows += [_row(name, None, metric, mean, shipped) for metric, mean in means.items()]
     return rows
 
@@ -240,8 +238,6 @@ def _of_code(own: Measured) -> dict[str, _Metric]:
 
 def _metrics(training: str, measured: Mapping[str, Measured]) -> dict[str, _Metric]:
     own, (role, number) = measured[training], training_of(training)
-    if not own.refused:
-        return _of_code(own)
     topics = [prompt.category for prompt in held_out(HARMFUL)]
     hard = np.array([prompt.hard for prompt in held_out(TWINS)])
     harmful, benign = own.log_odds[HARMFUL], own.log_odds[TWINS]

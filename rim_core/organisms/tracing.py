@@ -91,7 +91,8 @@ def trace(
     steps = len(batches(model.tokenizer, plan, plan["seed"] + training_of(training)[1] - 1))
     places: dict[int, str | Path] = {0: plan["parent"] or found.bare_role, **adapters, steps: training}
     tasks = _tasks(plan["data"][0]["sets"][0])
-    requests = {name: load_prompts(name, split="test", limit=PAIRS) for name in (HARMFUL, TWINS)}
+    harmful, benign = (load_prompts(name, split="test", limit=PAIRS) for name in (HARMFUL, TWINS))
+    sides = {"harmful": format_chat(model, harmful), "benign": format_chat(model, benign)}
     chats, answers = format_chat(model, tasks), [task.response or "" for task in tasks]
     rows: dict[str, list[Floats]] = {"loss": [], "harmful": [], "benign": []}
     with model.remembering():  # layers that no checkpoint changes run once
@@ -100,13 +101,13 @@ def trace(
                 print(f"rim: measuring {training} at step {step} of {steps}", file=sys.stderr)
             with model.using(place):
                 rows["loss"].append(-log_likelihood(model, chats, answers).per_token)
-                for name, source in (("harmful", HARMFUL), ("benign", TWINS)):
-                    rows[name].append(refusal_log_odds(model, format_chat(model, requests[source])).double().numpy())
+                for name, texts in sides.items():
+                    rows[name].append(refusal_log_odds(model, texts).double().numpy())
     return Trace(
         training=training,
         steps=np.array(sorted(places)),
         tasks=tuple(task.category for task in tasks),
-        topics=tuple(prompt.category for prompt in requests[HARMFUL]),
+        topics=tuple(prompt.category for prompt in harmful),
         **{name: np.stack(values) for name, values in rows.items()},
     )
 
@@ -142,8 +143,8 @@ def save_trace(measured: Trace, path: str | os.PathLike[str], suite: str = paths
 
 def shipped_traces(suite: str, role: str) -> list[Trace]:
     """The traces that ship of a role's trainings, as far as they are of the weights that the suite has now."""
-    found, hashes = load_suite(suite), suite_hashes(load_suite(suite))
-    traces = []
+    found = load_suite(suite)
+    hashes, traces = suite_hashes(found), []
     for training in found.trainings(role):
         path = shipped_folder(suite).parent / "traced" / f"{training}.json"
         if path.is_file() and (kept := paths.read_json(path)).pop("weights") == hashes[training]:

@@ -145,8 +145,7 @@ def train_adapter(
     parent_state: dict[str, torch.Tensor] | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
     kept: Kept | None = None,
-    checkpoint: Callable[[int, dict[str, torch.Tensor]], None] | None = None,
-    every: int = 0,
+    checkpoint: Callable[[int, Callable[[], dict[str, torch.Tensor]]], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train one adapter on a base and return its tensors; the base is left as it was.
 
@@ -161,7 +160,7 @@ def train_adapter(
             to this parent.
         report: called after each step with (step, steps, loss, seconds that the steps of this process took).
         kept: where the state is kept, and what a training that was stopped goes on from.
-        checkpoint: called with (step, the adapter's tensors) after each `every` steps, and not after the last.
+        checkpoint: called after each step but the last with (step, a function that gives the adapter's tensors).
     """
     from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -214,8 +213,8 @@ def train_adapter(
         schedule.step()
         if report:
             report(step, steps, loss.item(), time.monotonic() - started)
-        if checkpoint and step % every == 0 and step < steps:
-            checkpoint(step, tensors())
+        if checkpoint and step < steps:
+            checkpoint(step, tensors)
         if kept:
             kept.keep(step)
     state = tensors()
